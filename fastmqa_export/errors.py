@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: MIT
+"""Errors that a user can act on; the command line turns each into one message and an exit code."""
+
+from __future__ import annotations
+
+
+class FastMqaError(Exception):
+    """Base of all errors of this package: a message that says what was given, what is accepted, what to do.
+
+    ``exit_code`` is what ``fastmqa-export`` ends with (0 is success; 2 is also click's own code for wrong usage).
+    """
+
+    exit_code = 1
+
+
+class ConfigError(FastMqaError):
+    """A value or a combination of values that the op, a module or a command does not accept."""
+
+    exit_code = 2
+
+
+class SourceError(FastMqaError):
+    """A SOURCE that cannot be loaded: unknown name, incomplete checkpoint, unreadable file."""
+
+    exit_code = 2
+
+
+class ModelFileError(FastMqaError):
+    """A file that is no ONNX model, or an ONNX model that is not what the command needs."""
+
+    exit_code = 2
+
+
+class ExportError(FastMqaError):
+    """A model that cannot be exported; the message names the layer and the reason."""
+
+
+class OutputError(FastMqaError):
+    """A result that cannot be written: no permission, no space, not a folder."""
+
+
+class MismatchError(FastMqaError):
+    """Two runtimes differ by more than the error budget."""
+
+
+class MissingDependencyError(FastMqaError):
+    """Something needed is not installed; the message names the command that installs it."""
+
+    exit_code = 3
