@@ -171,10 +171,8 @@ def attention_gradients(
 
 def capped_scores(q: Tensor, k: Tensor, attributes: AttentionAttributes) -> Tensor:
     """Scores (B, H, S, T) of q (B, H, S, D) and k (B, Hkv, T, D), scaled and capped, unmasked."""
-    scores = _unpack(_pack(q * attributes.scale, k.shape[1]) @ k.transpose(-1, -2), q.shape[1])
-    if attributes.softcap > 0:
-        scores = attributes.softcap * torch.tanh(scores / attributes.softcap)
-    return scores
+    scores = _pack(q * attributes.scale, k.shape[1]) @ k.transpose(-1, -2)
+    return _capped(_unpack(scores, q.shape[1]), attributes)
 
 
 def masked(
@@ -224,6 +222,7 @@ def attention_in_dtype(
     q_start: Tensor | None = None,
     *,
     attributes: AttentionAttributes,
+    sequential: bool = False,
 ) -> Tensor:
     """The same formula as PyTorch's operators give it in q's own dtype: the yardstick of budgets.
 
@@ -231,18 +230,24 @@ def attention_in_dtype(
     K and V are repeated for every head of a group. An implementation may be about twice as far
     from the float64 oracle as this is (the rule of FlashAttention's tests).
 
+    No standard fixes the order in which a product is summed, and in float32 that order is most of
+    the error. ``sequential`` sums one term after the other, which is as good an order as that of
+    PyTorch's blocked matmul and the other extreme.
+
     Args and shapes: as in `attention`. Returns y in q's dtype.
     """
+    product = _sequential_matmul if sequential else torch.matmul
     q, k, v = _operands(q, k, v, kv_lengths, attributes, q.dtype)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+    scores = product(q * attributes.scale, k.transpose(-1, -2))
     scores = masked(
-        capped_scores(q, k, attributes), attn_mask, kv_lengths, q_start, attributes=attributes
+        _capped(scores, attributes), attn_mask, kv_lengths, q_start, attributes=attributes
     )
     half = attributes.softmax_precision == SoftmaxPrecision.FLOAT16
     weights = scores.softmax(-1, dtype=torch.float16 if half else _at_least_float32(q.dtype))
     empty = (scores == -torch.inf).all(-1, keepdim=True)
-    y = weights.masked_fill(empty, 0).to(q.dtype) @ v
+    y = product(weights.masked_fill(empty, 0).to(q.dtype), v)
     return y.transpose(1, 2) if attributes.layout == Layout.BSHD else y
 
 
@@ -268,6 +273,19 @@ def _operands(
         v = v if v is None else v.masked_fill(beyond, 0)
     k = k.to(dtype)
     return q.to(dtype), k, k[..., : attributes.v_head_size] if v is None else v.to(dtype)
+
+
+def _capped(scores: Tensor, attributes: AttentionAttributes) -> Tensor:
+    if attributes.softcap > 0:
+        scores = attributes.softcap * torch.tanh(scores / attributes.softcap)
+    return scores
+
+
+def _sequential_matmul(a: Tensor, b: Tensor) -> Tensor:
+    total = a[..., :1] * b[..., :1, :]
+    for i in range(1, a.shape[-1]):
+        total = total + a[..., i : i + 1] * b[..., i : i + 1, :]
+    return total
 
 
 def _pack(x: Tensor, kv_heads: int) -> Tensor:
