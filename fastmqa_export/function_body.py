@@ -17,9 +17,10 @@ and softmax in float32. Scores beyond the range of float16 become infinite there
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
 
+import numpy as np
 import onnx_ir as ir
 
 from fastmqa_export.config import (
@@ -34,6 +35,13 @@ from fastmqa_export.config import (
     SoftmaxPrecision,
 )
 from fastmqa_export.errors import ExportError
+
+#: What stands at an input that is not live; clamped to [0, T], the largest length means T.
+NEUTRAL_INPUTS: Final[Mapping[str, np.ndarray[Any, Any]]] = {
+    "attn_mask": np.ones((1, 1, 1, 1), np.bool_),
+    "kv_lengths": np.full((1,), 2**31 - 1, np.int32),
+    "q_start": np.zeros((1,), np.int32),
+}
 
 _FLOAT, _INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 
@@ -84,6 +92,36 @@ def fused_attention_function(uses: Sequence[NodeUse], opset: int) -> ir.Function
         name=OP_NAME,
     )
     return ir.Function(OP_DOMAIN, OP_NAME, graph=graph, attributes=_declared_attributes())
+
+
+def set_neutral_inputs(graph: ir.Graph) -> None:
+    """Give every absent input of the ``FusedAttention`` nodes a constant that changes nothing."""
+    neutral: dict[str, ir.Value] = {}
+    mask_dtypes = {
+        node.inputs[3].dtype for node in fused_nodes(graph) if node.inputs[3] is not None
+    }
+    for node in fused_nodes(graph):
+        for index, name in enumerate(OP_INPUTS):
+            if node.inputs[index] is not None:
+                continue
+            if name not in neutral:
+                array = NEUTRAL_INPUTS[name]
+                if name == "attn_mask" and mask_dtypes - {ir.DataType.BOOL, None}:
+                    array = np.zeros(array.shape, next(iter(mask_dtypes)).numpy())  # type: ignore[union-attr]
+                tensor = ir.tensor(array, name=f"fastmqa.neutral.{name}")
+                neutral[name] = ir.Value(
+                    name=tensor.name,
+                    shape=tensor.shape,  # type: ignore[arg-type]
+                    type=ir.TensorType(tensor.dtype),
+                    const_value=tensor,
+                )
+                graph.register_initializer(neutral[name])
+            node.replace_input_with(index, neutral[name])
+
+
+def fused_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
+    """The ``FusedAttention`` nodes of a graph, in order."""
+    return (n for n in graph.all_nodes() if (n.domain, n.op_type) == (OP_DOMAIN, OP_NAME))
 
 
 def node_attributes(attributes: AttentionAttributes) -> dict[str, float | int | str]:

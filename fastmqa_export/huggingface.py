@@ -1,0 +1,626 @@
+# SPDX-License-Identifier: MIT
+"""Hugging Face models: load them without surprises, and make each attention one fused op.
+
+transformers lets an attention be chosen by name (`AttentionInterface`), with a mask function of
+its own (`AttentionMaskInterface`). Ours keep causality and windows as attributes of the op and
+hand on only the padding, so that no S × T mask is ever built.
+
+A model may still do something that the op does not know (sinks, chunked masks, position biases).
+`check_attention` runs it both ways in PyTorch before anything is exported, so that such a model is
+refused with the layer's name instead of exported wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import copy
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    GenerationConfig,
+    PreTrainedModel,
+)
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+import fastmqa_export.op
+from fastmqa_export.cache import CacheLayer, TracedCache
+from fastmqa_export.config import OP_DOMAIN, OP_NAME
+from fastmqa_export.errors import ExportError, SourceError
+from fastmqa_export.onnx_export import Exportable, TensorSpec
+from fastmqa_export.source import AttentionShape, Source
+
+#: Name under which transformers knows our attention.
+IMPLEMENTATION: Final = "fastmqa"
+
+#: How messages call the op.
+OP: Final = f"{OP_DOMAIN}::{OP_NAME}"
+
+#: Arguments of an attention that change its meaning and that the op has no input for.
+_UNKNOWN_ARGUMENTS: Final = {
+    "s_aux": "attention sinks",
+    "position_bias": "a position bias",
+    "alibi": "ALiBi",
+    "head_mask": "a head mask",
+}
+
+
+@dataclasses.dataclass
+class _Run:
+    """What the attentions of one forward pass need to know, and what they tell."""
+
+    kv_lengths: Tensor | None = None
+    inspect_masks: bool = False
+    windows: set[int] = dataclasses.field(default_factory=set)
+    outputs: list[tuple[torch.nn.Module, Tensor]] = dataclasses.field(default_factory=list)
+
+
+_RUN: contextvars.ContextVar[_Run] = contextvars.ContextVar("_RUN")
+
+
+@contextlib.contextmanager
+def _running(run: _Run) -> Iterator[_Run]:
+    token = _RUN.set(run)
+    try:
+        yield run
+    finally:
+        _RUN.reset(token)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    """One fused op: query (B, H, S, D), key and value (B, Hkv, T, ·) to (B, S, H, V)."""
+    for name, meaning in _UNKNOWN_ARGUMENTS.items():
+        if arguments.get(name) is not None:
+            raise ExportError(f"{type(module).__name__} uses {meaning} ({name}), which the op lacks")
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if sliding_window and not causal:
+        raise ExportError(f"{type(module).__name__}: a sliding window without causality")
+    run = _RUN.get(_Run())
+    window = sliding_window - 1 if sliding_window else -1
+    output = fastmqa_export.op.fused_attention(
+        query,
+        key,
+        value,
+        attention_mask,
+        run.kv_lengths,
+        scale=scaling,
+        is_causal=causal,
+        window_left=window,
+        softcap=float(softcap or 0.0),
+    )
+    assert isinstance(output, Tensor)
+    run.windows.add(window if causal else -2)
+    output = output.transpose(1, 2)
+    run.outputs.append((module, output))
+    return output, None
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    **arguments: Any,
+) -> Tensor | None:
+    """Only the padding, bool (B, 1, 1, T): causality and windows are attributes of the op."""
+    run = _RUN.get(_Run())
+    if run.inspect_masks and mask_function is not None:
+        _window_of(mask_function)
+    if attention_mask is None:
+        return None
+    return attention_mask[:, None, None, :kv_length].to(torch.bool)
+
+
+def _window_of(mask_function: Callable[..., Any]) -> int:
+    """The window that a mask by positions means: keys to the left, −1 all, −2 not causal.
+
+    transformers gives masks as functions of indices, so they can be asked at any distance.
+
+    Raises:
+        ExportError: if it is neither full, causal nor a sliding window.
+    """
+    zero = torch.zeros((), dtype=torch.int64)
+    reach = set()
+    for query in (37, 4099, 65543):
+        keys = torch.arange(query + 9)
+        seen = torch.as_tensor(mask_function(zero, zero, zero + query, keys)).expand(query + 9)
+        visible = seen.nonzero().flatten().tolist()
+        if len(visible) == query + 9:
+            reach.add(-2)
+        elif visible == list(range(visible[0], query + 1)) and visible:
+            reach.add(-1 if visible[0] == 0 else query - visible[0])
+        else:
+            reach.add(None)
+    windows = reach - {-1}
+    if None in reach or len(windows) > 1:
+        raise ExportError(
+            "the model masks keys by position in a way that is neither causal nor a sliding window "
+            "(chunked or prefix attention, for example), which the op has no attribute for"
+        )
+    return windows.pop() if windows else -1
+
+
+AttentionInterface.register(IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+
+
+# Loading
+
+
+def load_folder(
+    folder: Path, dtype: torch.dtype, *, allow_pickle: bool = False
+) -> PreTrainedModel:
+    """A model from a folder with ``config.json`` and safetensors.
+
+    Args:
+        folder: as ``save_pretrained`` writes it.
+        dtype: of the weights; transformers keeps rotary frequencies in float32 all the same.
+        allow_pickle: also read ``pytorch_model.bin``, which can run code of its author.
+
+    Raises:
+        SourceError: if it is no such folder, or the checkpoint is damaged or incomplete.
+    """
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise SourceError(
+            f"{folder} has no config.json; a Hugging Face model is a folder with config.json and "
+            "*.safetensors, as save_pretrained writes it"
+        )
+    try:
+        json.loads(config_path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise SourceError(f"{config_path} cannot be read as JSON: {error}") from error
+    has_safe = any(folder.glob("*.safetensors"))
+    if not has_safe and not allow_pickle:
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+        raise SourceError(
+            f"{folder} has no *.safetensors"
+            + (
+                "; it has pickled weights, which can run code when they are loaded: convert them, "
+                "or say --allow-pickle if you trust their author"
+                if pickled
+                else ": the weights are missing"
+            )
+        )
+    return _load(folder, dtype, use_safetensors=has_safe, weights_only=True)
+
+
+def load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A model from a GGUF file, its weights turned into ``dtype``.
+
+    Raises:
+        SourceError: if it is not a complete GGUF file of an architecture transformers knows.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise SourceError(f"{path} is no GGUF file (it does not begin with 'GGUF')")
+    return _load(path.parent, dtype, gguf_file=path.name)
+
+
+def load_tokenizer(path: Path) -> Any | None:
+    """The tokenizer beside a model folder or inside a GGUF file; None if there is none."""
+    try:
+        with _offline():
+            if path.is_file():
+                return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            return transformers.AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, ImportError, KeyError, TypeError):
+        return None
+
+
+def _load(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    with _offline():
+        try:
+            config = transformers.AutoConfig.from_pretrained(
+                folder, **{k: v for k, v in options.items() if k == "gguf_file"}
+            )
+            kind = (
+                transformers.AutoModelForCausalLM
+                if type(config) in transformers.AutoModelForCausalLM._model_mapping
+                else transformers.AutoModel
+            )
+            model, report = kind.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation="eager",
+                output_loading_info=True,
+                **options,
+            )
+        except Exception as error:
+            reason = next((x for x in str(error).splitlines() if x.strip()), type(error).__name__)
+            raise SourceError(
+                f"{options.get('gguf_file', folder)} cannot be loaded: {type(error).__name__}: "
+                f"{reason.strip()}. The checkpoint must be complete, undamaged and of an "
+                "architecture that transformers knows"
+            ) from error
+    missing = sorted(report.get("missing_keys", ()))
+    wrong = sorted(str(key) for key in report.get("mismatched_keys", ()))
+    if missing or wrong:
+        what = f"{len(missing)} tensors are missing" if missing else f"{len(wrong)} do not fit"
+        raise SourceError(
+            f"{options.get('gguf_file', folder)} is half a checkpoint: {what}, for example "
+            f"{(missing or wrong)[0]}. Fetch all of its files again"
+        )
+    model.eval().requires_grad_(False)
+    return model
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """No look at a hub, no progress bars of others, no warnings about what we chose."""
+    verbosity = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    before = {name: os.environ.get(name) for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
+    os.environ.update(dict.fromkeys(before, "1"))
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+# What the op can express
+
+
+def attention_modules(model: PreTrainedModel) -> dict[torch.nn.Module, str]:
+    """The attentions of a model with their names, in order."""
+    return {
+        module: name
+        for name, module in model.named_modules()
+        if hasattr(module, "layer_idx") and "attention" in type(module).__name__.lower()
+    }
+
+
+def check_attention(model: PreTrainedModel) -> tuple[CacheLayer, ...]:
+    """Run a few tokens with our attention and with the model's own, and compare layer by layer.
+
+    Args:
+        model: in any dtype; unchanged afterwards.
+
+    Returns:
+        What each layer caches.
+
+    Raises:
+        ExportError: naming the layer, if an attention does not go through the interface or gives
+            other numbers.
+    """
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise ExportError(
+            f"{type(model).__name__} is an encoder-decoder; export handles decoders and encoders"
+        )
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, config.get_text_config().vocab_size, (2, 5), generator=generator)
+    names = attention_modules(model)
+
+    own: dict[torch.nn.Module, Tensor] = {}
+    hooks = [
+        module.register_forward_hook(lambda m, _, out: own.__setitem__(m, _first(out)))
+        for module in names
+    ]
+    ours: dict[torch.nn.Module, Tensor] = {}
+    try:
+        with torch.no_grad(), implementation(model, "eager"):
+            result = model(input_ids=tokens, use_cache=True)
+        reference = dict(own)
+        own.clear()
+        with torch.no_grad(), implementation(model, IMPLEMENTATION):
+            with _running(_Run(inspect_masks=True)) as run:
+                model(input_ids=tokens, use_cache=False)
+        ours = dict(own)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    called = {module for module, _ in run.outputs}
+    for module, name in names.items():
+        if module not in called:
+            raise ExportError(
+                f"layer {name} ({type(module).__name__}) computes attention itself instead of "
+                f"through transformers' attention interface, so it cannot become {OP}"
+            )
+        difference = (ours[module] - reference[module]).abs().max().item()
+        scale = reference[module].abs().max().item()
+        if not difference <= 64 * torch.finfo(model.dtype).eps * max(scale, 1e-3):
+            raise ExportError(
+                f"layer {name} ({type(module).__name__}) gives other numbers with {OP} than with "
+                f"its own attention (largest difference {difference:.2e} of {scale:.2e}): it does "
+                "something that the op does not express"
+            )
+    cache = getattr(result, "past_key_values", None)
+    if cache is None:
+        return ()
+    return tuple(
+        CacheLayer(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
+        for layer in cache.layers
+    )
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextlib.contextmanager
+def implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Run the model with another attention for a while."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+# Modules to trace
+
+
+class _CacheLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer of transformers' cache, standing on a `TracedCache`."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self, cache: TracedCache, index: int) -> None:
+        super().__init__()
+        self.cache, self.index = cache, index
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        pass
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
+        return self.cache.update(self.index, key_states, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.keys[self.index].shape[2], 0
+
+    def get_seq_length(self) -> int:
+        return 0  # positions are given as position_ids
+
+    def get_max_length(self) -> int:
+        return self.cache.keys[self.index].shape[2]
+
+
+class _WithCache(torch.nn.Module):
+    """input_ids (B, S), position (B,), caches (B, Hkv, T, ·) to logits and the caches written."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, position: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
+        cache = TracedCache(past[::2], past[1::2], position)
+        sequence = input_ids.shape[1]
+        layers = [_CacheLayer(cache, index) for index in range(len(past) // 2)]
+        with _running(_Run(kv_lengths=cache.kv_lengths(sequence))):
+            output = self.model(
+                input_ids=input_ids,
+                position_ids=position[:, None] + torch.arange(sequence),
+                past_key_values=Cache(layers=layers),
+                use_cache=True,
+            )
+        present = (x for pair in zip(cache.keys, cache.values, strict=True) for x in pair)
+        return (output.logits, *present)
+
+
+class _WithoutCache(torch.nn.Module):
+    """input_ids and attention_mask (B, S) to logits, or to hidden states of an encoder."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        arguments = {}
+        if is_decoder(self.model):
+            # As generate() does it: padding on either side leaves positions without gaps.
+            arguments["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+            arguments["use_cache"] = False
+        with _running(_Run()):
+            output = self.model(input_ids=input_ids, attention_mask=attention_mask, **arguments)
+        return (output[0],)
+
+
+def is_decoder(model: PreTrainedModel) -> bool:
+    """Whether the model predicts the next token."""
+    return model.can_generate()
+
+
+def exportable(
+    model: PreTrainedModel, layers: tuple[CacheLayer, ...], *, cache: str, source: str
+) -> Exportable:
+    """The module to trace, with ``implementation(model, IMPLEMENTATION)`` in force.
+
+    Args:
+        model: in the dtype of the file.
+        layers: from `check_attention`.
+        cache: "static": buffers written in place; "none": a graph without a cache.
+        source: name of the model for the metadata.
+    """
+    metadata = {"source": source, "cache": cache, "architecture": type(model).__name__}
+    if cache == "none":
+        tokens = ("batch", "sequence")
+        return Exportable(
+            _WithoutCache(model),
+            (
+                TensorSpec("input_ids", torch.int64, tokens),
+                TensorSpec("attention_mask", torch.int64, tokens),
+            ),
+            ("logits" if is_decoder(model) else "last_hidden_state",),
+            metadata,
+        )
+    if not layers:
+        raise ExportError(f"{type(model).__name__} has no KV cache; export it with --cache none")
+    inputs = [
+        TensorSpec("input_ids", torch.int64, ("batch", "sequence")),
+        TensorSpec("position", torch.int64, ("batch",)),
+    ]
+    outputs = ["logits"]
+    for index, layer in enumerate(layers):
+        for name, size in (("key", layer.key_size), ("value", layer.value_size)):
+            shape = ("batch", layer.kv_heads, "capacity", size)
+            inputs.append(TensorSpec(f"past_key_values.{index}.{name}", model.dtype, shape))
+            outputs.append(f"present.{index}.{name}")
+    return Exportable(_WithCache(model), tuple(inputs), tuple(outputs), metadata, first_list=2)
+
+
+# The source
+
+
+class HuggingFaceSource(Source):
+    """A decoder or encoder of transformers, from a folder or a GGUF file."""
+
+    input_name = "input_ids"
+
+    def __init__(self, path: Path, dtype: torch.dtype, *, allow_pickle: bool = False) -> None:
+        """Load and check the model; its weights are rounded to ``dtype`` once."""
+        self.path = path
+        if path.is_dir():
+            self.kind = "hugging-face"  # type: ignore[misc]
+            model = load_folder(path, dtype, allow_pickle=allow_pickle)
+        else:
+            self.kind = "gguf"  # type: ignore[misc]
+            model = load_gguf(path, dtype)
+        self._take(model, path.name)
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel, name: str) -> HuggingFaceSource:
+        """A source of a model that is loaded already, in its own dtype."""
+        self = cls.__new__(cls)
+        self.path = None
+        self.kind = "factory"  # type: ignore[misc]
+        self._take(model.eval().requires_grad_(False), name)
+        return self
+
+    def _take(self, model: PreTrainedModel, name: str) -> None:
+        self.name, self.model, self.dtype = name, model, model.dtype
+        self.output_name = "logits" if is_decoder(model) else "last_hidden_state"
+        self.layers = check_attention(model)
+        self._wide: PreTrainedModel | None = None
+        shape = self.shape()
+        self.description = (
+            f"{type(model).__name__}, {shape.layers} layers, {shape.num_heads} query heads, "
+            f"{shape.num_kv_heads} KV heads of {shape.head_dim}"
+        )
+
+    def shape(self) -> AttentionShape:
+        """Sizes of the attention, from the caches where there are any."""
+        config = self.model.config.get_text_config()
+        heads = config.num_attention_heads
+        first = self.layers[0] if self.layers else None
+        return AttentionShape(
+            layers=len(self.layers) or config.num_hidden_layers,
+            num_heads=heads,
+            num_kv_heads=first.kv_heads if first else heads,
+            head_dim=first.key_size if first else config.hidden_size // heads,
+        )
+
+    def parameters(self) -> int:
+        """Number of weights, shared ones counted once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @contextlib.contextmanager
+    def traceable(self, cache: str) -> Iterator[Exportable]:
+        """The module to trace; while the context is open the model has our attention."""
+        with implementation(self.model, IMPLEMENTATION):
+            yield exportable(self.model, self.layers, cache=cache, source=self.name)
+
+    def sample(self, batch: int, length: int, generator: torch.Generator) -> Tensor:
+        """Random tokens (B, N)."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        return torch.randint(0, vocabulary, (batch, length), generator=generator)
+
+    def evaluate(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        """transformers' own eager attention over one sequence, keys and values as it caches them."""
+        context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        model = self.model
+        if dtype == torch.float64 != self.dtype:
+            self._wide = self._wide or copy.deepcopy(self.model).double()
+            model, context = self._wide, EverythingInFloat64()
+        cache = DynamicCache() if self.layers else None  # without a config: windows keep all keys
+        arguments = {} if cache is None else {"past_key_values": cache, "use_cache": True}
+        with torch.no_grad(), context, implementation(model, "eager"):
+            output = model(input_ids=x, **arguments)
+        caches = [t for layer in cache.layers for t in (layer.keys, layer.values)] if cache else []
+        return output[0], caches
+
+    def tokenizer(self) -> Any | None:
+        """The tokenizer beside the model, None if there is none."""
+        if self.path is None or not is_decoder(self.model):
+            return None
+        return load_tokenizer(self.path)
+
+
+    def stop_tokens(self) -> frozenset[int]:
+        """Tokens that end a text."""
+        ids = self.model.generation_config.eos_token_id
+        return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)
+
+    def generate(self, prompt: list[int], new_tokens: int) -> list[int]:
+        """Greedy continuation by transformers' generate() with its own attention and cache."""
+        x = torch.tensor([prompt])
+        with torch.no_grad(), implementation(self.model, "eager"):
+            tokens = self.model.generate(
+                x,
+                attention_mask=torch.ones_like(x),
+                generation_config=GenerationConfig(
+                    max_new_tokens=new_tokens,
+                    do_sample=False,
+                    eos_token_id=sorted(self.stop_tokens()) or None,
+                    pad_token_id=0,
+                ),
+            )
+        return [int(t) for t in tokens[0, len(prompt) :]]
+
+
+class EverythingInFloat64(TorchFunctionMode):
+    """Turns a model's explicit float32 (norms, softmax, rotary angles) into float64.
+
+    transformers' models cast to float32 where a half type would be too narrow. In an oracle that
+    cast would be the largest error.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Replace ``torch.float32`` among the arguments, and ``.float()``."""
+        if func is Tensor.float:
+            func = Tensor.double
+        args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        kwargs = {
+            k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()
+        }
+        return func(*args, **kwargs)

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: MIT
+"""Polygraphy runners that feed whole sequences: PyTorch in one pass, a file in prefill and decode.
+
+A feed is a batch of sequences: ``sequence`` (B, N, …) padded on the right, ``prefill`` int64 (B,),
+how many tokens of each are fed first and at once, and ``decode`` int64 (1,), how many follow one by
+one. Every runner returns the outputs of the valid tokens alone, (Σ tokens, …), so that padding
+never takes part in a comparison: the model's output, and the keys and values that ended up in the
+cache.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from polygraphy.backend.base import BaseRunner
+from polygraphy.common import TensorMetadata
+
+from fastmqa_export.runtime import OnnxModel
+from fastmqa_export.source import Source
+
+Feed = Mapping[str, NDArray[Any]]
+
+
+class _SequenceRunner(BaseRunner):  # type: ignore[misc]
+    """What the runners share: the feed they take, and the time they report."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name=name)
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        metadata = TensorMetadata()
+        for name in ("sequence", "prefill", "decode"):
+            metadata.add(name, dtype=None, shape=None)
+        return metadata
+
+    def activate_impl(self) -> None:
+        pass
+
+    def deactivate_impl(self) -> None:
+        pass
+
+    def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, NDArray[Any]]:
+        start = time.perf_counter()
+        outputs = self.run(feed_dict["sequence"], feed_dict["prefill"], int(feed_dict["decode"][0]))
+        self.inference_time = time.perf_counter() - start
+        return OrderedDict(outputs)
+
+    def run(
+        self, sequence: NDArray[Any], prefill: NDArray[Any], decode: int
+    ) -> dict[str, NDArray[Any]]:
+        raise NotImplementedError
+
+
+class TorchRunner(_SequenceRunner):
+    """The source's own PyTorch model, each sequence in one pass without cache or padding."""
+
+    def __init__(self, source: Source, dtype: torch.dtype, *, with_cache: bool, name: str) -> None:
+        """Run ``source`` in ``dtype``: its own, or float64 as the oracle."""
+        super().__init__(name)
+        self.source, self.dtype, self.with_cache = source, dtype, with_cache
+
+    def run(
+        self, sequence: NDArray[Any], prefill: NDArray[Any], decode: int
+    ) -> dict[str, NDArray[Any]]:
+        """Outputs in ``dtype`` (bfloat16 as float32, which holds it exactly)."""
+        parts: dict[str, list[torch.Tensor]] = {}
+        for row, length in zip(sequence, prefill + decode, strict=True):
+            x = torch.from_numpy(row[None, :length])
+            y, caches = self.source.evaluate(_in_dtype(x, self.source.dtype), self.dtype)
+            parts.setdefault(self.source.output_name, []).append(y[0])
+            for index, cache in enumerate(caches if self.with_cache else ()):
+                name = f"present.{index // 2}.{('key', 'value')[index % 2]}"
+                parts.setdefault(name, []).append(cache[0].transpose(0, 1))
+        return {name: _to_numpy(torch.cat(tensors)) for name, tensors in parts.items()}
+
+
+class OnnxRunner(_SequenceRunner):
+    """An exported file with a static cache: a padded prefill, then one token after the other."""
+
+    def __init__(self, model: OnnxModel, name: str) -> None:
+        """Run ``model``, whose buffers start small so that they have to grow."""
+        super().__init__(name)
+        self.model = model
+
+    def run(
+        self, sequence: NDArray[Any], prefill: NDArray[Any], decode: int
+    ) -> dict[str, NDArray[Any]]:
+        """The first output and the caches, of valid tokens."""
+        model, batch = self.model, len(sequence)
+        model.reset(batch, int(prefill.max()))
+        y = model.step(sequence[:, : prefill.max()])
+        rows = [[y[b, : prefill[b]]] for b in range(batch)]
+        model.advance(prefill)
+        for step in range(decode):
+            y = model.step(sequence[np.arange(batch), prefill + step][:, None])
+            for b in range(batch):
+                rows[b].append(y[b])
+            model.advance(np.ones(batch, np.int64))
+        outputs = {model.output_name: np.concatenate([r for row in rows for r in row])}
+        for name in model.cache_names:
+            cache = model.cache(name).swapaxes(1, 2)  # (B, T, Hkv, ·)
+            valid = [cache[b, : prefill[b] + decode] for b in range(batch)]
+            outputs[name.replace("past_key_values", "present")] = np.concatenate(valid)
+        return outputs
+
+
+class OneShotRunner(_SequenceRunner):
+    """An exported file without a cache: whole sequences, padded on the right, in one run."""
+
+    def __init__(self, session: Any, name: str) -> None:
+        """Run ``session``, whose second input says what is padding."""
+        super().__init__(name)
+        self.session = session
+
+    def run(
+        self, sequence: NDArray[Any], prefill: NDArray[Any], decode: int
+    ) -> dict[str, NDArray[Any]]:
+        """The only output, of valid tokens."""
+        lengths = prefill + decode
+        x, padding = (i.name for i in self.session.get_inputs())
+        if padding == "attention_mask":
+            told = (np.arange(sequence.shape[1]) < lengths[:, None]).astype(np.int64)
+        else:
+            told = lengths.astype(np.int32)
+        output = self.session.get_outputs()[0].name
+        (y,) = self.session.run([output], {x: sequence, padding: told})
+        return {output: np.concatenate([y[b, :n] for b, n in enumerate(lengths)])}
+
+
+def _in_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def _to_numpy(x: torch.Tensor) -> NDArray[Any]:
+    array: NDArray[Any] = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+    return array

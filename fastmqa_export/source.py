@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: MIT
+"""What every kind of model must offer so that it can be exported and its export be proven."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastmqa_export.onnx_export import Exportable
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionShape:
+    """Sizes of a model's attention, as capacity tables need them.
+
+    Attributes:
+        layers: how many attentions there are.
+        num_heads: H.
+        num_kv_heads: Hkv.
+        head_dim: D.
+        latent_size: columns that a latent cache holds for keys and as many for values; 0: the
+            cache holds keys and values.
+    """
+
+    layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    latent_size: int = 0
+
+
+class Source(abc.ABC):
+    """A model in one dtype: what to trace, and what its numbers should be.
+
+    Attributes:
+        name: short and without a path; it is written into the exported file.
+        kind: "built-in", "hugging-face", "gguf" or "factory".
+        description: one line for people.
+        dtype: of weights and caches.
+        input_name: the graph input that holds the sequence.
+        output_name: the first graph output.
+    """
+
+    kind: ClassVar[str]
+    name: str
+    description: str
+    dtype: torch.dtype
+    input_name: str
+    output_name: str
+
+    @abc.abstractmethod
+    def shape(self) -> AttentionShape:
+        """Sizes of the attention."""
+
+    @abc.abstractmethod
+    def parameters(self) -> int:
+        """Number of weights, shared ones counted once."""
+
+    @abc.abstractmethod
+    def traceable(self, cache: str) -> contextlib.AbstractContextManager[Exportable]:
+        """The module to trace, ready within the context.
+
+        Args:
+            cache: "static" or "none".
+        """
+
+    @abc.abstractmethod
+    def sample(self, batch: int, length: int, generator: torch.Generator) -> Tensor:
+        """Random input (B, N, …) of the kind that ``input_name`` takes."""
+
+    @abc.abstractmethod
+    def evaluate(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        """One sequence from its beginning, without a cache, by operators that are not ours.
+
+        Args:
+            x: (1, N, …), no padding.
+            dtype: ``self.dtype``: PyTorch's own operators in that type; float64: the oracle, with
+                the same (rounded) weights.
+
+        Returns:
+            The output (1, N, …), and what each layer would have cached: key, value, key, …, each
+            (1, Hkv, N, ·).
+        """
+
+    def tokenizer(self) -> Any | None:
+        """A transformers tokenizer, None for a model that takes no text."""
+        return None
+
+    def stop_tokens(self) -> frozenset[int]:
+        """Tokens that end a text."""
+        return frozenset()
+
+    def generate(self, prompt: list[int], new_tokens: int) -> list[int]:
+        """Greedy continuation of one prompt by the model's own library, new tokens only."""
+        raise NotImplementedError(f"{self.name} does not generate text")
