@@ -6,10 +6,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmqa_export import reference
@@ -18,7 +19,8 @@ from fastmqa_export.errors import ConfigError
 from fastmqa_export.modules import LatentAttention, MultiQueryAttention
 from fastmqa_export.onnx_export import Exportable, TensorSpec
 from fastmqa_export.op import fused_attention, node_attributes
-from fastmqa_export.source import AttentionShape, Source
+from fastmqa_export.runtime import StepModel, next_power_of_two
+from fastmqa_export.source import AttentionShape, Source, to_numpy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,6 +111,11 @@ class BuiltinSource(Source):
                 _WithoutCache(self.module), tuple(inputs), (self.output_name,), metadata
             )
             return
+        if self.module.attributes.reach_right != 0:
+            raise ConfigError(
+                "a cache decodes token after token, so its attention must be causal; this one is "
+                "not: export it with --cache none"
+            )
         layer = self.module.cache_layer()
         inputs.append(TensorSpec("position", torch.int64, ("batch",)))
         for name, size in (("key", layer.key_size), ("value", layer.value_size)):
@@ -121,6 +128,10 @@ class BuiltinSource(Source):
         """Standard normal hidden states (B, N, E)."""
         shape = (batch, length, self.module.hidden_size)
         return torch.randn(shape, generator=generator).to(self.dtype)
+
+    def steps(self) -> StepModel:
+        """The module with its cache in place."""
+        return _Steps(self.module)
 
     def evaluate(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """The module over one sequence, its attention written in PyTorch's own operators."""
@@ -137,6 +148,27 @@ class BuiltinSource(Source):
         finally:
             module.attention = fused_attention
         return y, [cache.keys[0], cache.values[0]]
+
+
+class _Steps:
+    """A `fastmqa_export.runtime.StepModel` of the module in PyTorch."""
+
+    def __init__(self, module: MultiQueryAttention | LatentAttention) -> None:
+        self.module = module
+
+    def reset(self, batch: int, capacity: int = 1) -> None:
+        self.cache = self.module.new_cache(batch, next_power_of_two(capacity))
+
+    def step(self, x: NDArray[Any]) -> NDArray[Any]:
+        needed = int(self.cache.position.max()) + x.shape[1]
+        if needed > self.cache.capacity:
+            self.cache.grow(next_power_of_two(needed))
+        with torch.no_grad():
+            weight = next(self.module.parameters())
+            return to_numpy(self.module(torch.from_numpy(x).to(weight.dtype), self.cache))
+
+    def advance(self, counts: Sequence[int] | NDArray[Any]) -> None:
+        self.cache.advance(torch.as_tensor(counts))
 
 
 def create(name: str, options: BuiltinOptions, dtype: torch.dtype) -> BuiltinSource:

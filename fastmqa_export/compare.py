@@ -26,7 +26,7 @@ from fastmqa_export.accuracy import ErrorBudget, ErrorStatistics, measure
 from fastmqa_export.errors import ConfigError, ModelFileError
 from fastmqa_export.runners import Feed, OneShotRunner, OnnxRunner, TorchRunner
 from fastmqa_export.runtime import OnnxModel, create_session, generate
-from fastmqa_export.source import Source
+from fastmqa_export.source import Source, to_numpy
 
 ORACLE: Final = "PyTorch float64 (oracle)"
 SAME_DTYPE: Final = "PyTorch, same dtype"
@@ -64,33 +64,44 @@ CASES: Final = (
 
 
 @dataclasses.dataclass(frozen=True)
-class OutputError:
+class OutputAccuracy:
     """How exact one output (or the caches of all layers) is, over all cases.
 
     Attributes:
         output: its name; ``*`` stands for the layer.
         cases: how many cases were run.
-        error: of the file at its worst, relative to its limit.
-        same_dtype: of PyTorch there.
-        limit: the largest error accepted there.
-        worst_case: the case and, in it, the output with that error.
-        passed: whether every case was within its limit.
+        max_abs: largest absolute error of the file against the oracle.
+        mean_abs: mean of the cases' mean absolute errors.
+        max_ulp: ``max_abs`` in units in the last place at that case's largest value.
+        cosine: smallest cosine similarity of any case.
+        same_dtype_max_abs: largest error of PyTorch in the file's dtype.
+        limit: what ``max_abs`` may be.
+        worst_case: where ``max_abs`` is.
+        reason: why it failed; empty if it passed.
     """
 
     output: str
     cases: int
-    error: ErrorStatistics
-    same_dtype: ErrorStatistics
+    max_abs: float
+    mean_abs: float
+    max_ulp: float
+    cosine: float
+    same_dtype_max_abs: float
     limit: float
     worst_case: str
-    passed: bool
+    reason: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the file is within the budget here."""
+        return not self.reason
 
     @property
     def error_ratio(self) -> float:
         """Error of the file over that of PyTorch in the same dtype."""
-        if self.same_dtype.max_abs:
-            return self.error.max_abs / self.same_dtype.max_abs
-        return 1.0 if self.error.max_abs == 0 else float("inf")
+        if self.same_dtype_max_abs:
+            return self.max_abs / self.same_dtype_max_abs
+        return 1.0 if self.max_abs == 0 else float("inf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +136,7 @@ class LanguageResult:
 class Comparison:
     """The whole result; ``reasons`` is empty if and only if it passed."""
 
-    outputs: tuple[OutputError, ...]
+    outputs: tuple[OutputAccuracy, ...]
     distribution: dict[str, list[int]]
     decades: list[float]
     language: LanguageResult | None
@@ -178,11 +189,12 @@ def compare(
         )
     with_cache = "position" in names
     model = OnnxModel(session) if with_cache else None
-    onnx_runner = OnnxRunner(model, ONNXRUNTIME) if model else OneShotRunner(session, ONNXRUNTIME)
     runners = [
-        TorchRunner(source, torch.float64, with_cache=with_cache, name=ORACLE),
-        TorchRunner(source, source.dtype, with_cache=with_cache, name=SAME_DTYPE),
-        onnx_runner,
+        TorchRunner(ORACLE, source, torch.float64, with_cache=with_cache),
+        TorchRunner(SAME_DTYPE, source, source.dtype, with_cache=with_cache),
+        OnnxRunner(ONNXRUNTIME, source, model)
+        if model
+        else OneShotRunner(ONNXRUNTIME, source, session),
     ]
 
     language, texts = None, []
@@ -210,11 +222,7 @@ def compare(
     progress("judging")
     same, ours = measured.errors[SAME_DTYPE], measured.errors[ONNXRUNTIME]
     outputs = tuple(_judge(named, same, ours, budget))
-    reasons = [
-        f"{o.output}: error {o.error.max_abs:.2e} exceeds {o.limit:.2e} ({o.worst_case})"
-        for o in outputs
-        if not o.passed
-    ]
+    reasons = [f"{o.output}: {o.reason}" for o in outputs if not o.passed]
     if texts:
         language = _language(texts, results, len(cases), source.output_name)
         reasons += [
@@ -232,7 +240,7 @@ def _feed(source: Source, case: SequenceCase) -> Feed:
     longest = max(case.prefill) + case.decode
     x = source.sample(len(case.prefill), longest, generator)
     return {
-        "sequence": (x.float() if x.dtype == torch.bfloat16 else x).numpy(),
+        "sequence": to_numpy(x),
         "prefill": np.array(case.prefill, np.int64),
         "decode": np.array([case.decode], np.int64),
     }
@@ -275,31 +283,36 @@ def _judge(
     same: list[dict[str, ErrorStatistics]],
     ours: list[dict[str, ErrorStatistics]],
     budget: ErrorBudget,
-) -> Iterator[OutputError]:
-    """One row per output; the layers' caches are one row each for keys and values."""
-    groups: dict[str, list[tuple[str, str]]] = {}
+) -> Iterator[OutputAccuracy]:
+    """One row per output; the layers' caches are one row for keys and one for values."""
+    groups: dict[str, list[str]] = {}
     for name in ours[0]:
-        groups.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append((name, name))
+        groups.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
     for group, members in groups.items():
         rows = [
-            (our[name], their[name], f"{case.name}, {name}" if len(members) > 1 else case.name)
+            (our[name], their[name], case.name if name == group else f"{case.name}, {name}")
             for case, our, their in zip(cases, ours, same, strict=True)
-            for name, _ in members
+            for name in members
         ]
-
-        def excess(row: tuple[ErrorStatistics, ErrorStatistics, str]) -> float:
-            limit = budget.limit(row[1])
-            return row[0].max_abs / limit if limit else row[0].max_abs
-
-        error, their, where = max(rows, key=excess)
-        yield OutputError(
+        worst, _, where = max(rows, key=lambda row: row[0].max_abs)
+        worst_same = max((row[1] for row in rows), key=lambda error: error.max_abs)
+        reason = ""
+        if not budget.accepts(worst, worst_same):
+            reason = f"error {worst.max_abs:.2e} exceeds {budget.limit(worst_same):.2e} ({where})"
+        for error, their, case in rows:
+            if not reason and not budget.accepts_case(error, their):
+                reason = f"error {error.max_abs:.2e} exceeds {budget.case_limit(their):.2e} ({case})"
+        yield OutputAccuracy(
             output=group,
             cases=len(cases),
-            error=error,
-            same_dtype=their,
-            limit=budget.limit(their),
+            max_abs=worst.max_abs,
+            mean_abs=sum(row[0].mean_abs for row in rows) / len(rows),
+            max_ulp=worst.max_ulp,
+            cosine=min(row[0].cosine for row in rows),
+            same_dtype_max_abs=worst_same.max_abs,
+            limit=budget.limit(worst_same),
             worst_case=where,
-            passed=all(budget.accepts(e, t) for e, t, _ in rows),
+            reason=reason,
         )
 
 

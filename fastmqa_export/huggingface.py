@@ -18,12 +18,13 @@ import copy
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 import transformers
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import (
@@ -39,7 +40,8 @@ from fastmqa_export.cache import CacheLayer, TracedCache
 from fastmqa_export.config import OP_DOMAIN, OP_NAME
 from fastmqa_export.errors import ExportError, SourceError
 from fastmqa_export.onnx_export import Exportable, TensorSpec
-from fastmqa_export.source import AttentionShape, Source
+from fastmqa_export.runtime import StepModel
+from fastmqa_export.source import AttentionShape, Source, to_numpy
 
 #: Name under which transformers knows our attention.
 IMPLEMENTATION: Final = "fastmqa"
@@ -509,10 +511,10 @@ class HuggingFaceSource(Source):
         """Load and check the model; its weights are rounded to ``dtype`` once."""
         self.path = path
         if path.is_dir():
-            self.kind = "hugging-face"  # type: ignore[misc]
+            self.kind = "hugging-face"
             model = load_folder(path, dtype, allow_pickle=allow_pickle)
         else:
-            self.kind = "gguf"  # type: ignore[misc]
+            self.kind = "gguf"
             model = load_gguf(path, dtype)
         self._take(model, path.name)
 
@@ -521,7 +523,7 @@ class HuggingFaceSource(Source):
         """A source of a model that is loaded already, in its own dtype."""
         self = cls.__new__(cls)
         self.path = None
-        self.kind = "factory"  # type: ignore[misc]
+        self.kind = "factory"
         self._take(model.eval().requires_grad_(False), name)
         return self
 
@@ -577,6 +579,10 @@ class HuggingFaceSource(Source):
         caches = [t for layer in cache.layers for t in (layer.keys, layer.values)] if cache else []
         return output[0], caches
 
+    def steps(self) -> StepModel:
+        """The model with torch's scaled dot-product attention and transformers' own cache."""
+        return _Steps(self.model)
+
     def tokenizer(self) -> Any | None:
         """The tokenizer beside the model, None if there is none."""
         if self.path is None or not is_decoder(self.model):
@@ -604,6 +610,26 @@ class HuggingFaceSource(Source):
                 ),
             )
         return [int(t) for t in tokens[0, len(prompt) :]]
+
+
+class _Steps:
+    """A `fastmqa_export.runtime.StepModel` of one sequence."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.attention = "sdpa" if model._supports_sdpa else "eager"
+
+    def reset(self, batch: int, capacity: int = 1) -> None:
+        self.cache = DynamicCache(config=self.model.config)
+        self.model.set_attn_implementation(self.attention)
+
+    def step(self, x: NDArray[Any]) -> NDArray[Any]:
+        with torch.no_grad():
+            output = self.model(torch.from_numpy(x), past_key_values=self.cache, use_cache=True)
+        return to_numpy(output.logits)
+
+    def advance(self, counts: Sequence[int] | NDArray[Any]) -> None:
+        """Nothing to do: transformers' cache counts what it was given."""
 
 
 class EverythingInFloat64(TorchFunctionMode):

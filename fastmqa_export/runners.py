@@ -22,7 +22,7 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
 from fastmqa_export.runtime import OnnxModel
-from fastmqa_export.source import Source
+from fastmqa_export.source import Source, to_numpy
 
 Feed = Mapping[str, NDArray[Any]]
 
@@ -30,13 +30,16 @@ Feed = Mapping[str, NDArray[Any]]
 class _SequenceRunner(BaseRunner):  # type: ignore[misc]
     """What the runners share: the feed they take, and the time they report."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, source: Source) -> None:
         super().__init__(name=name)
+        self._sample = to_numpy(source.sample(1, 1, torch.Generator()))
 
     def get_input_metadata_impl(self) -> TensorMetadata:
+        shape = ("batch", "tokens", *self._sample.shape[2:])
         metadata = TensorMetadata()
-        for name in ("sequence", "prefill", "decode"):
-            metadata.add(name, dtype=None, shape=None)
+        metadata.add("sequence", dtype=self._sample.dtype, shape=shape)
+        metadata.add("prefill", dtype=np.int64, shape=("batch",))
+        metadata.add("decode", dtype=np.int64, shape=(1,))
         return metadata
 
     def activate_impl(self) -> None:
@@ -60,9 +63,11 @@ class _SequenceRunner(BaseRunner):  # type: ignore[misc]
 class TorchRunner(_SequenceRunner):
     """The source's own PyTorch model, each sequence in one pass without cache or padding."""
 
-    def __init__(self, source: Source, dtype: torch.dtype, *, with_cache: bool, name: str) -> None:
+    def __init__(
+        self, name: str, source: Source, dtype: torch.dtype, *, with_cache: bool
+    ) -> None:
         """Run ``source`` in ``dtype``: its own, or float64 as the oracle."""
-        super().__init__(name)
+        super().__init__(name, source)
         self.source, self.dtype, self.with_cache = source, dtype, with_cache
 
     def run(
@@ -77,15 +82,15 @@ class TorchRunner(_SequenceRunner):
             for index, cache in enumerate(caches if self.with_cache else ()):
                 name = f"present.{index // 2}.{('key', 'value')[index % 2]}"
                 parts.setdefault(name, []).append(cache[0].transpose(0, 1))
-        return {name: _to_numpy(torch.cat(tensors)) for name, tensors in parts.items()}
+        return {name: to_numpy(torch.cat(tensors)) for name, tensors in parts.items()}
 
 
 class OnnxRunner(_SequenceRunner):
     """An exported file with a static cache: a padded prefill, then one token after the other."""
 
-    def __init__(self, model: OnnxModel, name: str) -> None:
+    def __init__(self, name: str, source: Source, model: OnnxModel) -> None:
         """Run ``model``, whose buffers start small so that they have to grow."""
-        super().__init__(name)
+        super().__init__(name, source)
         self.model = model
 
     def run(
@@ -113,9 +118,9 @@ class OnnxRunner(_SequenceRunner):
 class OneShotRunner(_SequenceRunner):
     """An exported file without a cache: whole sequences, padded on the right, in one run."""
 
-    def __init__(self, session: Any, name: str) -> None:
+    def __init__(self, name: str, source: Source, session: Any) -> None:
         """Run ``session``, whose second input says what is padding."""
-        super().__init__(name)
+        super().__init__(name, source)
         self.session = session
 
     def run(
@@ -135,8 +140,3 @@ class OneShotRunner(_SequenceRunner):
 
 def _in_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype) if x.is_floating_point() else x
-
-
-def _to_numpy(x: torch.Tensor) -> NDArray[Any]:
-    array: NDArray[Any] = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
-    return array

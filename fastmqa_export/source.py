@@ -6,12 +6,14 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmqa_export.onnx_export import Exportable
+from fastmqa_export.runtime import StepModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Source(abc.ABC):
         output_name: the first graph output.
     """
 
-    kind: ClassVar[str]
+    kind: str
     name: str
     description: str
     dtype: torch.dtype
@@ -87,6 +89,10 @@ class Source(abc.ABC):
             (1, Hkv, N, ·).
         """
 
+    @abc.abstractmethod
+    def steps(self) -> StepModel:
+        """The PyTorch model as its users would run it, for timing: batch 1, no padding."""
+
     def tokenizer(self) -> Any | None:
         """A transformers tokenizer, None for a model that takes no text."""
         return None
@@ -98,3 +104,9 @@ class Source(abc.ABC):
     def generate(self, prompt: list[int], new_tokens: int) -> list[int]:
         """Greedy continuation of one prompt by the model's own library, new tokens only."""
         raise NotImplementedError(f"{self.name} does not generate text")
+
+
+def to_numpy(x: Tensor) -> NDArray[Any]:
+    """A tensor as numpy has it: bfloat16 as float32."""
+    array: NDArray[Any] = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+    return array
