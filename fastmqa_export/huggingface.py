@@ -18,7 +18,7 @@ import copy
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,6 +36,7 @@ from transformers import (
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 import fastmqa_export.op
+from fastmqa_export import falcon
 from fastmqa_export.cache import CacheLayer, TracedCache
 from fastmqa_export.config import OP_DOMAIN, OP_NAME
 from fastmqa_export.errors import ExportError, SourceError
@@ -64,8 +65,12 @@ class _Run:
 
     kv_lengths: Tensor | None = None
     inspect_masks: bool = False
-    windows: set[int] = dataclasses.field(default_factory=set)
-    outputs: list[tuple[torch.nn.Module, Tensor]] = dataclasses.field(default_factory=list)
+    names: Mapping[torch.nn.Module, str] = dataclasses.field(default_factory=dict)
+    called: set[torch.nn.Module] = dataclasses.field(default_factory=set)
+
+    def layer(self, module: torch.nn.Module) -> str:
+        """How messages call an attention."""
+        return f"layer {self.names.get(module, '?')} ({type(module).__name__})"
 
 
 _RUN: contextvars.ContextVar[_Run] = contextvars.ContextVar("_RUN")
@@ -94,13 +99,13 @@ def _attention(
     **arguments: Any,
 ) -> tuple[Tensor, None]:
     """One fused op: query (B, H, S, D), key and value (B, Hkv, T, ·) to (B, S, H, V)."""
+    run = _RUN.get(_Run())
     for name, meaning in _UNKNOWN_ARGUMENTS.items():
         if arguments.get(name) is not None:
-            raise ExportError(f"{type(module).__name__} uses {meaning} ({name}), which the op lacks")
+            raise ExportError(f"{run.layer(module)} uses {meaning} ({name}), which {OP} lacks")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if sliding_window and not causal:
-        raise ExportError(f"{type(module).__name__}: a sliding window without causality")
-    run = _RUN.get(_Run())
+        raise ExportError(f"{run.layer(module)} has a sliding window without causality")
     window = sliding_window - 1 if sliding_window else -1
     output = fastmqa_export.op.fused_attention(
         query,
@@ -114,10 +119,8 @@ def _attention(
         softcap=float(softcap or 0.0),
     )
     assert isinstance(output, Tensor)
-    run.windows.add(window if causal else -2)
-    output = output.transpose(1, 2)
-    run.outputs.append((module, output))
-    return output, None
+    run.called.add(module)
+    return output.transpose(1, 2), None
 
 
 def _mask(
@@ -133,39 +136,37 @@ def _mask(
     """Only the padding, bool (B, 1, 1, T): causality and windows are attributes of the op."""
     run = _RUN.get(_Run())
     if run.inspect_masks and mask_function is not None:
-        _window_of(mask_function)
+        _check_mask_function(mask_function)
     if attention_mask is None:
         return None
     return attention_mask[:, None, None, :kv_length].to(torch.bool)
 
 
-def _window_of(mask_function: Callable[..., Any]) -> int:
-    """The window that a mask by positions means: keys to the left, −1 all, −2 not causal.
+def _check_mask_function(mask_function: Callable[..., Any]) -> None:
+    """Check that a mask by positions is full, causal or a sliding window.
 
-    transformers gives masks as functions of indices, so they can be asked at any distance.
+    transformers gives masks as functions of indices, so they can be asked at any distance; a few
+    tokens would not show that attention is chunked, say, every 8192 keys.
 
     Raises:
-        ExportError: if it is neither full, causal nor a sliding window.
+        ExportError: if it is none of these.
     """
     zero = torch.zeros((), dtype=torch.int64)
-    reach = set()
+    windows = set()
     for query in (37, 4099, 65543):
-        keys = torch.arange(query + 9)
-        seen = torch.as_tensor(mask_function(zero, zero, zero + query, keys)).expand(query + 9)
-        visible = seen.nonzero().flatten().tolist()
-        if len(visible) == query + 9:
-            reach.add(-2)
-        elif visible == list(range(visible[0], query + 1)) and visible:
-            reach.add(-1 if visible[0] == 0 else query - visible[0])
-        else:
-            reach.add(None)
-    windows = reach - {-1}
-    if None in reach or len(windows) > 1:
+        seen = torch.as_tensor(mask_function(zero, zero, zero + query, torch.arange(query + 9)))
+        visible = seen.expand(query + 9).nonzero().flatten()
+        low, high = visible.aminmax() if len(visible) else (zero, zero)
+        is_range = len(visible) == high - low + 1
+        if not is_range or (high != query and len(visible) != query + 9):
+            windows.update((-1, -2))  # not an interval that ends at the query: no window at all
+        elif low > 0:
+            windows.add(int(query - low))
+    if len(windows) > 1:
         raise ExportError(
             "the model masks keys by position in a way that is neither causal nor a sliding window "
-            "(chunked or prefix attention, for example), which the op has no attribute for"
+            f"(chunked or prefix attention, for example), which {OP} has no attribute for"
         )
-    return windows.pop() if windows else -1
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)
@@ -336,31 +337,30 @@ def check_attention(model: PreTrainedModel) -> tuple[CacheLayer, ...]:
     ours: dict[torch.nn.Module, Tensor] = {}
     try:
         with torch.no_grad(), implementation(model, "eager"):
-            result = model(input_ids=tokens, use_cache=True)
+            model(input_ids=tokens)
         reference = dict(own)
         own.clear()
         with torch.no_grad(), implementation(model, IMPLEMENTATION):
-            with _running(_Run(inspect_masks=True)) as run:
-                model(input_ids=tokens, use_cache=False)
+            with _running(_Run(inspect_masks=True, names=names)) as run:
+                result = model(input_ids=tokens)
         ours = dict(own)
     finally:
         for hook in hooks:
             hook.remove()
 
-    called = {module for module, _ in run.outputs}
-    for module, name in names.items():
-        if module not in called:
+    for module in names:
+        if module not in run.called:
             raise ExportError(
-                f"layer {name} ({type(module).__name__}) computes attention itself instead of "
-                f"through transformers' attention interface, so it cannot become {OP}"
+                f"{run.layer(module)} computes attention itself instead of through transformers' "
+                f"attention interface, so it cannot become {OP}"
             )
         difference = (ours[module] - reference[module]).abs().max().item()
         scale = reference[module].abs().max().item()
         if not difference <= 64 * torch.finfo(model.dtype).eps * max(scale, 1e-3):
             raise ExportError(
-                f"layer {name} ({type(module).__name__}) gives other numbers with {OP} than with "
-                f"its own attention (largest difference {difference:.2e} of {scale:.2e}): it does "
-                "something that the op does not express"
+                f"{run.layer(module)} gives other numbers with {OP} than with its own attention "
+                f"(largest difference {difference:.2e} of {scale:.2e}): it does something that "
+                "the op does not express"
             )
     cache = getattr(result, "past_key_values", None)
     if cache is None:
@@ -379,11 +379,14 @@ def _first(output: Any) -> Tensor:
 def implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
     """Run the model with another attention for a while."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(name)
+    # set_attn_implementation() refuses models like Falcon, whose forward reads the config anyway.
+    model.config._attn_implementation = name
+    ours = name == IMPLEMENTATION
     try:
-        yield
+        with falcon.adapted(model, _attention) if ours else contextlib.nullcontext():
+            yield
     finally:
-        model.set_attn_implementation(before)
+        model.config._attn_implementation = before
 
 
 # Modules to trace
@@ -576,7 +579,11 @@ class HuggingFaceSource(Source):
         arguments = {} if cache is None else {"past_key_values": cache, "use_cache": True}
         with torch.no_grad(), context, implementation(model, "eager"):
             output = model(input_ids=x, **arguments)
-        caches = [t for layer in cache.layers for t in (layer.keys, layer.values)] if cache else []
+        caches = []
+        for ours, layer in zip(self.layers, cache.layers if cache else (), strict=True):
+            # Some models cache repeated keys and values; ours are cached once per KV head.
+            repeats = layer.keys.shape[1] // ours.kv_heads
+            caches += [layer.keys[:, ::repeats], layer.values[:, ::repeats]]
         return output[0], caches
 
     def steps(self) -> StepModel:
@@ -621,7 +628,7 @@ class _Steps:
 
     def reset(self, batch: int, capacity: int = 1) -> None:
         self.cache = DynamicCache(config=self.model.config)
-        self.model.set_attn_implementation(self.attention)
+        self.model.config._attn_implementation = self.attention
 
     def step(self, x: NDArray[Any]) -> NDArray[Any]:
         with torch.no_grad():

@@ -8,6 +8,7 @@ no time, path or host is written.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import logging
 import os
@@ -350,6 +351,23 @@ def _complete(node: ir.Node) -> NodeUse:
     )
 
 
+def _name_weights(graph: ir.Graph) -> None:
+    """Give weights the names they have in the source.
+
+    The exporter's optimizer stores a Linear's weight transposed, under a new name, and notes the
+    old one; the module that was traced has the source within it as ``model`` or ``module``.
+    """
+    for value in list(graph.initializers.values()):
+        folded = value.metadata_props.pop("pkg.onnxscript.optimizer.folded_from", "")
+        value.metadata_props.clear()
+        origin = ast.literal_eval(folded) if folded else []
+        is_weight = len(origin) == 1 and "." in origin[0] and len(value.shape or ()) == 2
+        name = f"{origin[0]}.T" if is_weight else value.name or ""
+        name = name.removeprefix("model.").removeprefix("module.")
+        if name != value.name and name not in graph.initializers:
+            value.name = name
+
+
 def _describe(model: ir.Model, metadata: Mapping[str, str]) -> None:
     """Say what made the file, and forget what must not be in it: source paths, stack traces."""
     for node in model.graph.all_nodes():
@@ -357,8 +375,7 @@ def _describe(model: ir.Model, metadata: Mapping[str, str]) -> None:
         node.doc_string = None
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.metadata_props.clear()
-    for value in model.graph.initializers.values():
-        value.metadata_props.clear()
+    _name_weights(model.graph)
     model.graph.metadata_props.clear()
     model.graph.doc_string = None
     model.graph.opset_imports[OP_DOMAIN] = OP_VERSION
