@@ -224,10 +224,16 @@ class _Body(ir.tape.Tape):
         if self.layout == Layout.BSHD:
             q = self.do("Transpose", q, perm=[0, 2, 1, 3])
 
-        scores, empty = self.mask(self.capped_scores(q, k), q, k)
+        scores = self.capped_scores(q, k)
+        by_head = self.masks_something() or self.with_lse
+        if by_head:
+            scores = self.with_heads(scores, self.heads)
+        scores, empty = self.mask(scores, q, k)
         weights, lse = self.softmax(scores, empty)
-
-        y = self.do("MatMul", self.with_heads(self.to_dtype(weights), self.kv_heads), v)
+        weights = self.to_dtype(weights)
+        if by_head:
+            weights = self.with_heads(weights, self.kv_heads)
+        y = self.do("MatMul", weights, v)
         y = self.with_heads(self.leading_columns(y), self.heads)
         if empty is not None:
             y = self.do("Where", empty, self.to_dtype(self.float_(0.0)), y)
@@ -245,11 +251,12 @@ class _Body(ir.tape.Tape):
         return x if self.dtype == _FLOAT else self.cast(x, _FLOAT)
 
     def capped_scores(self, q: ir.Value, k: ir.Value) -> ir.Value:
-        """Float32 scores (B, H, S, T). The scale is applied in float32: it may not be a power of 2."""
+        """Float32 scores (B, Hkv, G · S, T): the heads of a group are rows of one matrix."""
+        # The scale is applied in float32, since it need not be a power of 2.
         scaled = self.to_dtype(self.do("Mul", self.to_float(q), self.attribute("scale")))
         keys = self.do("Transpose", k, perm=[0, 1, 3, 2])
         scores = self.do("MatMul", self.with_heads(scaled, self.kv_heads), keys)
-        scores = self.to_float(self.with_heads(scores, self.heads))
+        scores = self.to_float(scores)
         some, every = self._uses("softcap", 0.0)
         if not some:
             return scores
@@ -258,6 +265,12 @@ class _Body(ir.tape.Tape):
         divisor = cap if every else self.do("Where", is_on, cap, self.float_(1.0))
         capped = self.do("Mul", self.do("Tanh", self.do("Div", scores, divisor)), divisor)
         return capped if every else self.do("Where", is_on, capped, scores)
+
+    def masks_something(self) -> bool:
+        """Whether any node excludes keys: by position, by length or by a mask."""
+        features = (Feature.LENGTHS, Feature.MASK)
+        windows = ("reach_right", "window_left")
+        return any(self._has(x)[0] for x in features) or any(self._uses(x, -1)[0] for x in windows)
 
     def mask(
         self, scores: ir.Value, q: ir.Value, k: ir.Value
@@ -298,36 +311,42 @@ class _Body(ir.tape.Tape):
             length = self.per_sequence("kv_lengths")
             length = self.do("Min", self.do("Max", length, zero), keys)
         high, low = length, None
-        if right or left:
-            position = self.positions(length, self.size(q, 2))
         if right:
             reach = self.attribute("window_right")
             if self._uses("is_causal", 0)[0]:  # is_causal means window_right = 0, and excludes it
                 reach = self.do("Add", reach, self.attribute("is_causal"))
-            end = self.do("Min", length, self.do("Add", self.do("Add", position, reach), one))
-            unbounded = self.do("Less", reach, zero)
-            high = end if right_always else self.do("Where", unbounded, length, end)
+            high = self.positions(length, q, self.do("Add", reach, one))
+            # The last query stands at the last key unless q_start says otherwise.
+            if self._has(Feature.Q_START)[0] or any(u.attributes.reach_right > 0 for u in self.uses):
+                high = self.do("Min", length, high)
+            if not right_always:
+                high = self.do("Where", self.do("Less", reach, zero), length, high)
         if left:
             reach = self.attribute("window_left")
-            low = self.do("Max", self.do("Sub", position, reach), zero)
-            unbounded = self.do("Less", reach, zero)
-            low = low if left_always else self.do("Where", unbounded, zero, low)
+            low = self.positions(length, q, self.do("Neg", reach))
+            low = self.do("Max", low, zero)
+            if not left_always:
+                low = self.do("Where", self.do("Less", reach, zero), zero, low)
         key = self.do("Range", zero, keys, one)
         keep = self.do("Less", key, high)
         if low is not None:
             keep = self.do("And", keep, self.do("GreaterOrEqual", key, low))
         return keep, self.do("LessOrEqual", high, zero if low is None else low)
 
-    def positions(self, length: ir.Value, queries: ir.Value) -> ir.Value:
-        """Position of each query, (B|1, 1, S, 1)."""
-        start = self.do("Sub", length, queries)
+    def positions(self, length: ir.Value, q: ir.Value, offset: ir.Value) -> ir.Value:
+        """Position of each query plus an offset, (B|1, 1, S, 1)."""
+        queries = self.size(q, 2)
         some, every = self._has(Feature.Q_START)
         if some:
-            given = self.per_sequence("q_start")
-            bit = self.do("Div", self.attribute("features"), self.int_(Feature.Q_START))
-            is_live = self.do("Equal", self.do("Mod", bit, self.int_(2)), self.int_(1))
-            start = given if every else self.do("Where", is_live, given, start)
-        query = self.do("Range", self.int_(0), queries, self.int_(1))
+            start = self.per_sequence("q_start")
+            if not every:
+                bit = self.do("Div", self.attribute("features"), self.int_(Feature.Q_START))
+                is_live = self.do("Equal", self.do("Mod", bit, self.int_(2)), self.int_(1))
+                start = self.do("Where", is_live, start, self.do("Sub", length, queries))
+            first, end = offset, self.do("Add", queries, offset)
+        else:
+            start, first, end = length, self.do("Sub", offset, queries), offset
+        query = self.do("Range", first, end, self.int_(1))
         return self.do("Add", start, self.do("Reshape", query, self.ints(-1, 1)))
 
     def per_sequence(self, name: str) -> ir.Value:
@@ -338,7 +357,7 @@ class _Body(ir.tape.Tape):
     def softmax(
         self, scores: ir.Value, empty: ir.Value | None
     ) -> tuple[ir.Value, ir.Value | None]:
-        """Float32 weights (B, H, S, T), NaN in an empty row, and the log-sum-exp (B, H, S)."""
+        """Float32 weights of scores' shape, NaN in an empty row, and the log-sum-exp (B, H, S)."""
         if not (self.half_softmax or self.with_lse):
             return self.do("Softmax", scores, axis=-1), None
         last = self.ints(-1)

@@ -22,6 +22,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import values as onnxscript_values
 from onnxscript.onnx_opset import opset24
+from onnxscript.rewriter import onnx_fusions
 
 import fastmqa_export.cache
 import fastmqa_export.op  # noqa: F401 - registers torch.ops.fastmqa
@@ -130,6 +131,7 @@ def to_onnx(exportable: Exportable) -> ir.Model:
             f"{type(exportable.module).__name__} was traced, but none of its attentions became a "
             f"{OP_NAME} node; use fastmqa_export's modules or torch.ops.fastmqa.fused_attention"
         )
+    _fuse_norms_and_rotations(model)
     opset = model.graph.opset_imports[""]
     uses = [_complete(node) for node in nodes]
     set_neutral_inputs(model.graph)
@@ -314,6 +316,17 @@ _TRANSLATIONS: Final[Mapping[Any, Callable[..., Any]]] = {
 
 
 # From bare nodes to the file
+
+
+def _fuse_norms_and_rotations(model: ir.Model) -> None:
+    """Write RMS norms and rotary embeddings as the standard ops of opset 23.
+
+    The exporter does that at opset 23 and, although the two ops are the same there, not at 24.
+    """
+    opset = model.graph.opset_imports[""]
+    model.graph.opset_imports[""] = 23
+    onnx_fusions.fuse(model)
+    model.graph.opset_imports[""] = opset
 
 
 def _complete(node: ir.Node) -> NodeUse:

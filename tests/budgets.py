@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fastmqa_export import reference
 from fastmqa_export.accuracy import ErrorBudget, ErrorStatistics, measure
-from fastmqa_export.config import OP_INPUTS, AttentionAttributes
+from fastmqa_export.config import OP_INPUTS, AttentionAttributes, SoftmaxPrecision
 
 BUDGET = ErrorBudget()
 
@@ -18,7 +19,12 @@ BUDGET = ErrorBudget()
 def oracle(
     tensors: Mapping[str, Tensor], attributes: AttentionAttributes
 ) -> tuple[Tensor, Tensor]:
-    """y and lse of the op in float64."""
+    """y and lse of the op in float64, its softmax too.
+
+    A FLOAT16 softmax is judged against the exact one, as its yardstick is: where scores are rounded
+    to float16, two right results can differ by a whole step of a score.
+    """
+    attributes = dataclasses.replace(attributes, softmax_precision=SoftmaxPrecision.FLOAT)
     return reference.attention(*(tensors.get(n) for n in OP_INPUTS), attributes=attributes)  # type: ignore[arg-type]
 
 

@@ -9,8 +9,12 @@ import onnx_ir as ir
 import torch
 
 from fastmqa_export.config import OP_DOMAIN, OP_INPUTS, OP_NAME, OP_VERSION, AttentionAttributes
-from fastmqa_export.function_body import NodeUse, fused_attention_function, node_attributes
-from fastmqa_export.onnx_export import NEUTRAL, set_neutral_inputs
+from fastmqa_export.function_body import (
+    NodeUse,
+    fused_attention_function,
+    node_attributes,
+    set_neutral_inputs,
+)
 
 DTYPES = {
     torch.float16: ir.DataType.FLOAT16,

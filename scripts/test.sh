@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: MIT
+set -euo pipefail
+
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  cat <<'USAGE'
+Usage: scripts/test.sh [OPTION...]
+
+Installs the package into .venv, then lints, type-checks and tests it.
+OPTIONs are pytest's, for example: scripts/test.sh -k imports
+USAGE
+  exit
+fi
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/venv.sh
+ensure_venv
+
+# Tests never ask a network for a model, and fork after tokenizers may have started threads.
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+check() {
+  echo "== $*"
+  .venv/bin/python -m "$@"
+}
+check ruff check .
+check ruff format --check .
+check mypy
+check pytest "$@"
