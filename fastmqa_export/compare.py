@@ -152,7 +152,7 @@ def compare(
     source: Source,
     path: Path,
     *,
-    budget: ErrorBudget = ErrorBudget(),  # noqa: B008 - frozen
+    budget: ErrorBudget | None = None,
     prompts: Sequence[str] = PROMPTS,
     new_tokens: int = 48,
     cases: Sequence[SequenceCase] = CASES,
@@ -164,7 +164,7 @@ def compare(
     Args:
         source: the model the file was made from, in the file's dtype.
         path: the ONNX file.
-        budget: what decides.
+        budget: what decides; None: the rule for the source's dtype.
         prompts: continued greedily if the source has a tokenizer.
         new_tokens: tokens per prompt.
         cases: shapes to run.
@@ -180,6 +180,7 @@ def compare(
             "onnxruntime's CPU provider has no bfloat16 MatMul, so a bfloat16 file cannot be "
             "compared here; export with --dtype float32 or float16"
         )
+    budget = budget or ErrorBudget.of(source.dtype)
     session = create_session(path, threads=threads)
     names = [x.name for x in session.get_inputs()]
     if source.input_name not in names:

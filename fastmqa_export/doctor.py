@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: MIT
+"""What is installed, what is missing, and what to do about it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.metadata
+import importlib.util
+import io
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+#: Oldest onnxruntime whose CPU kernels for what exported files use were found right.
+MIN_ONNXRUNTIME: Final = (1, 28)
+#: The release of transformers whose attention interface and cache are hooked.
+TRANSFORMERS: Final = "5.23."
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One finding.
+
+    Attributes:
+        name: what was looked at.
+        status: "ok"; "warning": works, but not as well as it could; "missing": does not work.
+        detail: what was found.
+        remedy: what to do; empty if nothing.
+        required: whether the tool is of no use without it.
+    """
+
+    name: str
+    status: Literal["ok", "warning", "missing"]
+    detail: str
+    remedy: str = ""
+    required: bool = False
+
+
+def examine() -> list[Check]:
+    """Look at everything; never fails, whatever is broken."""
+    checks: list[tuple[str, Callable[[], Check], bool]] = [
+        ("python", _python, True),
+        ("torch", _torch, True),
+        *((name, _package(name), True) for name in ("onnx", "onnx_ir", "onnxscript")),
+        ("polygraphy", _package("polygraphy"), True),
+        ("onnxruntime", _onnxruntime, True),
+        ("transformers", _transformers, False),
+        *((name, _package(name, extra="hf"), False) for name in ("gguf", "accelerate")),
+        ("tensorrt", _package("tensorrt", extra="tensorrt"), False),
+        ("nvcc", _nvcc, False),
+        ("disk", _disk, False),
+    ]
+    found = []
+    for name, look, required in checks:
+        try:
+            check = look()
+        except Exception as error:  # a broken package is a finding, not a crash
+            check = Check(name, "missing", f"{type(error).__name__}: {error}", "reinstall it")
+        found.append(dataclasses.replace(check, required=required))
+    return found
+
+
+def required_missing(checks: Sequence[Check]) -> bool:
+    """Whether something is missing that nothing works without."""
+    return any(check.required and check.status == "missing" for check in checks)
+
+
+def describe(checks: Sequence[Check]) -> str:
+    """The findings for people."""
+    lines = []
+    for check in checks:
+        status = check.status
+        if status == "missing" and not check.required:
+            status = "not installed (optional)"  # type: ignore[assignment]
+        lines.append(f"{check.name:<13} {status}: {check.detail}")
+        if check.remedy:
+            lines.append(f"{'':<13} → {check.remedy}")
+    return "\n".join(lines)
+
+
+def _python() -> Check:
+    return Check("python", "ok", f"{platform.python_version()} at {sys.prefix}")
+
+
+def _package(name: str, extra: str = "") -> Callable[[], Check]:
+    def look() -> Check:
+        install = f"pip install 'fastmqa_export{f'[{extra}]' if extra else ''}'"
+        if importlib.util.find_spec(name) is None:
+            return Check(name, "missing", "not installed", install)
+        # Some print on import; a check is no place for that.
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            module: Any = importlib.import_module(name)
+        return Check(name, "ok", str(getattr(module, "__version__", "installed")))
+
+    return look
+
+
+def _torch() -> Check:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Check("torch", "ok", f"{torch.__version__}, no CUDA device: everything runs on CPU")
+    major, minor = torch.cuda.get_device_capability()
+    name = torch.cuda.get_device_name()
+    return Check("torch", "ok", f"{torch.__version__}, {name} (SM{major}{minor})")
+
+
+def _onnxruntime() -> Check:
+    name = "onnxruntime"
+    installed = {}
+    for package in ("onnxruntime", "onnxruntime-gpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[package] = importlib.metadata.version(package)
+    install = "pip install 'fastmqa_export[cpu]', or [gpu] on a machine with an NVIDIA GPU"
+    if not installed:
+        return Check(name, "missing", "not installed", install)
+    listed = " and ".join(f"{package} {version}" for package, version in installed.items())
+    if len(installed) == 2:
+        remedy = "pip uninstall both, then install the one that you need"
+        return Check(name, "warning", f"{listed}: each overwrites the other's files", remedy)
+    import onnxruntime
+
+    version = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+    if version < MIN_ONNXRUNTIME:
+        least = ".".join(map(str, MIN_ONNXRUNTIME))
+        detail = f"{listed}: kernels before {least} give wrong numbers for some masks"
+        return Check(name, "warning", detail, f"pip install '{next(iter(installed))}>={least}'")
+    providers = [p.removesuffix("ExecutionProvider") for p in _usable_providers(onnxruntime)]
+    return Check(name, "ok", f"{listed}, usable providers: {', '.join(providers)}")
+
+
+def _usable_providers(onnxruntime: Any) -> list[str]:
+    """Those that a session really gets: one that cannot start falls back to the CPU silently."""
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return ["CPUExecutionProvider"]
+    from onnx import TensorProto, helper
+
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", [x], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    providers: list[str] = session.get_providers()
+    return providers
+
+
+def _transformers() -> Check:
+    name, install = "transformers", "pip install 'fastmqa_export[hf]'"
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return Check(name, "missing", "not installed; needed for Hugging Face and GGUF", install)
+    if not version.startswith(TRANSFORMERS):
+        detail = f"{version}, but Hugging Face models are exported with {TRANSFORMERS}x"
+        return Check(name, "warning", detail, install)
+    return Check(name, "ok", version)
+
+
+def _nvcc() -> Check:
+    path = shutil.which("nvcc")
+    if path is None:
+        return Check("nvcc", "missing", "not on PATH; nothing in this version needs it")
+    return Check("nvcc", "ok", path)
+
+
+def _disk() -> Check:
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    if free < 5:
+        return Check("disk", "warning", f"{free:.1f} GiB free here", "free some space")
+    return Check("disk", "ok", f"{free:.0f} GiB free here")

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: MIT
+"""The result of the main job on paper: ``report.json`` and one self-contained ``report.html``.
+
+The result is a dictionary of plain values, made by `fastmqa_export.pipeline`:
+
+* ``tool``, ``source``, ``export``, ``versions``, ``machine``: what was done, with what;
+* ``graph``: op counts ``unfused`` and ``fused``;
+* ``accuracy``: a row per output (errors against the float64 oracle, limit, passed);
+* ``error_distribution``: histograms (label, edges in log10 of the absolute error, counts);
+* ``language``: None, or agreement of a language model and its greedy texts;
+* ``kv_cache``: bytes per token of MHA, GQA, MQA and MLA;
+* ``timings``: medians with percentiles, in milliseconds;
+* ``verdict``: passed, and the reasons if not.
+
+No time or path is in it, so that two runs differ in their timings only.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import jinja2
+
+from fastmqa_export.files import write_text
+
+_PLOT_WIDTH: Final = 640
+_PLOT_HEIGHT: Final = 200
+
+
+def write_report(result: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
+    """Write ``report.json`` and ``report.html`` into an existing folder.
+
+    Returns:
+        Both paths.
+
+    Raises:
+        OutputError: if they cannot be written.
+    """
+    data, page = folder / "report.json", folder / "report.html"
+    write_text(data, json.dumps(finite(result), indent=2, ensure_ascii=False) + "\n")
+    write_text(page, render(result))
+    return data, page
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """The HTML page of a result."""
+    template = importlib.resources.files("fastmqa_export").joinpath("report.html.j2").read_text()
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(bytes=human_bytes, scientific=scientific, percent=percent)
+    page: str = environment.from_string(template).render(
+        **result, plot=_histogram(result["error_distribution"])
+    )
+    return page
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """The result in a few lines for a terminal: accuracy, texts, verdict."""
+    lines = []
+    for row in result["accuracy"]:
+        mark = "ok  " if row["passed"] else "FAIL"
+        lines.append(
+            f"{mark} {row['output']:<18} max error {scientific(row['max_abs'])}, "
+            f"{row['error_ratio']:.2f} × PyTorch {row['dtype']}, limit {scientific(row['limit'])}"
+        )
+    language = result["language"]
+    if language:
+        lines.append(
+            f"     top-1 agreement {percent(language['top1_agreement'])}, "
+            f"mean KL {scientific(language['kl_mean'])} nats"
+        )
+        for prompt in language["prompts"]:
+            lines += ["", f"> {prompt['prompt'].rstrip()}", prompt["onnxruntime"].strip()]
+            if prompt["identical"]:
+                lines.append(f"({prompt['tokens']} tokens, the same as PyTorch's)")
+            else:
+                lines.append(f"DIFFERS from PyTorch: {prompt['pytorch'].strip()}")
+    verdict = result["verdict"]
+    lines += ["", "verdict: PASS" if verdict["passed"] else "verdict: FAIL"]
+    lines += [f"  {reason}" for reason in verdict["reasons"]]
+    return "\n".join(lines)
+
+
+def finite(value: Any) -> Any:
+    """The value with NaN and infinities as strings, which JSON has no numbers for."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: finite(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(x) for x in value]
+    return value
+
+
+def human_bytes(count: float) -> str:
+    """Bytes with a binary unit: 1536 is "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.0f} B" if unit == "B" else f"{count:.4g} {unit}"
+
+
+def scientific(x: float) -> str:
+    """Two significant digits: 3.4e-07; exact zero is 0."""
+    return f"{x:.1e}" if x else "0"
+
+
+def percent(x: float) -> str:
+    """A share: 0.969 is "96.9 %"."""
+    return f"{100 * x:.1f} %"
+
+
+def _histogram(series: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Points of an overlaid step plot: share of values per bin of log10 |error|."""
+    total = max((sum(s["counts"]) for s in series), default=0)
+    if not total:
+        return None
+    edges = series[0]["edges"]
+    used = [i for i in range(len(edges) - 1) if any(s["counts"][i] for s in series)]
+    first, last = used[0], used[-1] + 1
+    low, high = math.floor(edges[first]), math.ceil(edges[last])
+    peak = max(count / sum(s["counts"]) for s in series for count in s["counts"])
+
+    def x(edge: float) -> float:
+        return round(_PLOT_WIDTH * (edge - low) / (high - low), 1)
+
+    def y(share: float) -> float:
+        return round(_PLOT_HEIGHT * (1 - share / peak), 1)
+
+    lines = []
+    for s in series:
+        points = [(x(edges[first]), y(0))]
+        for i in range(first, last):
+            share = s["counts"][i] / sum(s["counts"])
+            points += [(x(edges[i]), y(share)), (x(edges[i + 1]), y(share))]
+        points.append((x(edges[last]), y(0)))
+        lines.append({"label": s["label"], "points": " ".join(f"{a},{b}" for a, b in points)})
+    return {
+        "width": _PLOT_WIDTH,
+        "height": _PLOT_HEIGHT,
+        "lines": lines,
+        "ticks": [{"x": x(edge), "label": f"1e{edge}"} for edge in range(low, high + 1)],
+    }
