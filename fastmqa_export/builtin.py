@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The built-in sources: one attention module of this package, with random weights of a fixed seed."""
+"""The built-in sources: one attention module of this package, its weights random by a seed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from fastmqa_export import reference
 from fastmqa_export.cache import TracedCache
 from fastmqa_export.errors import ConfigError
-from fastmqa_export.modules import LatentAttention, MultiQueryAttention
+from fastmqa_export.modules import LatentAttention, LatentForm, MultiQueryAttention
 from fastmqa_export.onnx_export import Exportable, TensorSpec
 from fastmqa_export.op import fused_attention, node_attributes
 from fastmqa_export.runtime import StepModel, next_power_of_two
@@ -46,7 +46,7 @@ class BuiltinOptions:
     kv_heads: int = 1
     head_dim: int = 0
     compression: float = 0.5
-    form: str = "absorbed"
+    form: LatentForm = "absorbed"
     causal: bool = True
     window: int = 0
     softcap: float = 0.0
@@ -147,7 +147,7 @@ class BuiltinSource(Source):
                 y = module(x.to(dtype), cache)
         finally:
             module.attention = fused_attention
-        return y, [cache.keys[0], cache.values[0]]
+        return y, [x for x in (cache.keys[0], cache.values[0]) if x is not None]
 
 
 class _Steps:
@@ -227,7 +227,7 @@ class _WithCache(torch.nn.Module):
 
     def forward(
         self, hidden_states: Tensor, position: Tensor, past_key: Tensor, past_value: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         cache = TracedCache([past_key], [past_value], position)
         output = self.module(hidden_states, cache)
         return output, cache.keys[0], cache.values[0]

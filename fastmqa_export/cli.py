@@ -119,17 +119,18 @@ _source_options = _options(
 def export(
     source: str, output: Path, dtype: str, cache: str, as_json: bool, **options: Any
 ) -> None:
-    """Export a model to ONNX, each attention as one fused node.
+    r"""Export a model to ONNX, each attention as one fused node.
 
     \b
     Example: fastmqa-export export mqa-1024 -o mqa.onnx
     """
     from fastmqa_export import files, pipeline
+    from fastmqa_export.progress import Progress
 
     if output.suffix != ".onnx":
         raise click.BadParameter(f"{output} does not end in .onnx", param_hint="-o")
     files.check_writable_folder(output.parent)
-    progress = pipeline.Progress(2, quiet=as_json)
+    progress = Progress(2, quiet=as_json)
     with progress.stage(f"load {source}"):
         loaded = _load(source, dtype, options)
     with progress.stage("export to ONNX"):
@@ -163,7 +164,7 @@ def compare(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Compare an exported file with its source in PyTorch and with a float64 oracle.
+    r"""Compare an exported file with its source in PyTorch and with a float64 oracle.
 
     Ends with 1 if an output is further from the oracle than the error budget allows, or if greedy
     text differs.
@@ -175,9 +176,10 @@ def compare(
     from fastmqa_export.compare import PROMPTS
     from fastmqa_export.compare import compare as run_comparison
     from fastmqa_export.inspect import float_type
+    from fastmqa_export.progress import Progress
 
     dtype = float_type(model)
-    progress = pipeline.Progress(2, quiet=as_json)
+    progress = Progress(2, quiet=as_json)
     with progress.stage(f"load {source}"):
         loaded = _load(source, dtype, options)
     with progress.stage("compare"):
@@ -216,7 +218,7 @@ def run(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Export, compare, time, and write report.html: the whole job.
+    r"""Export, compare, time, and write report.html: the whole job.
 
     Ends with 1 if the comparison fails; the report is written all the same.
 
@@ -245,7 +247,7 @@ def run(
 @click.argument("file", type=click.Path(path_type=Path))
 @_json
 def inspect(file: Path, as_json: bool) -> None:
-    """Say what an ONNX file holds.
+    r"""Say what an ONNX file holds.
 
     \b
     Example: fastmqa-export inspect mqa.onnx

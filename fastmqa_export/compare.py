@@ -232,7 +232,11 @@ def compare(
             if not p.identical
         ]
     return Comparison(
-        outputs, measured.distribution(source.output_name), _DECADES.tolist(), language, tuple(reasons)
+        outputs,
+        measured.distribution(source.output_name),
+        _DECADES.tolist(),
+        language,
+        tuple(reasons),
     )
 
 
@@ -302,7 +306,9 @@ def _judge(
             reason = f"error {worst.max_abs:.2e} exceeds {budget.limit(worst_same):.2e} ({where})"
         for error, their, case in rows:
             if not reason and not budget.accepts_case(error, their):
-                reason = f"error {error.max_abs:.2e} exceeds {budget.case_limit(their):.2e} ({case})"
+                reason = (
+                    f"error {error.max_abs:.2e} exceeds {budget.case_limit(their):.2e} ({case})"
+                )
         yield OutputAccuracy(
             output=group,
             cases=len(cases),

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The contract of ``fastmqa::FusedAttention``, version 1: names, inputs, attributes and feature bits, stated once.
+"""The contract of ``fastmqa::FusedAttention``, version 1, stated once.
 
-Everything that must agree on the op reads it here: the torch op, the exporter, the function body, ``inspect`` and the
-tests. Shape letters: B batch, H query heads, Hkv key/value heads, S queries, T keys, D head size of q and k, V head
-size of v. No module of this package is lighter: nothing but the standard library is imported.
+Everything that must agree on the op reads it here: the torch op, the exporter, the function body,
+``inspect`` and the tests. Shape letters: B batch, H query heads, Hkv key/value heads, S queries,
+T keys, D head size of q and k, V head size of v. Nothing but the standard library is imported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OP_DOMAIN: Final = "fastmqa"
 OP_NAME: Final = "FusedAttention"
 OP_VERSION: Final = 1
 
-#: The six inputs of a node, by position; all are always given (an unused one is a neutral constant).
+#: The six inputs of a node, by position; all are given (an unused one is a neutral constant).
 OP_INPUTS: Final = ("q", "k", "v", "attn_mask", "kv_lengths", "q_start")
 OP_OUTPUTS: Final = ("y", "lse")
 
@@ -54,13 +54,14 @@ class AttentionAttributes:
     """The attributes of one ``FusedAttention`` node, in the order in which they are written.
 
     Attributes:
-        scale: multiplies q·k; usually 1/sqrt(D), for absorbed MLA 1/sqrt of the *unabsorbed* head size.
-        is_causal: 1: the query at position p sees keys at positions ≤ p; the same as ``window_right`` = 0.
+        scale: multiplies q·k; usually 1/sqrt(D), for absorbed MLA of the *unabsorbed* head.
+        is_causal: 1: the query at position p sees keys at positions ≤ p (``window_right`` = 0).
         window_left: sees keys at positions ≥ p − window_left; −1 = unbounded.
         window_right: sees keys at positions ≤ p + window_right; −1 = unbounded.
         softcap: c > 0: the scaled score x becomes c·tanh(x / c), before masks; 0 = none.
         softmax_precision: type of scores and exponentials, see `SoftmaxPrecision`.
-        v_head_size: V where the values are the first V columns of k (``Feature.VALUES_IN_K``); otherwise 0.
+        v_head_size: V where the values are the first V columns of k (``Feature.VALUES_IN_K``);
+            otherwise 0.
         layout: order of the axes of q and y, see `Layout`.
         features: which inputs and outputs are live, see `Feature`.
 
@@ -86,16 +87,18 @@ class AttentionAttributes:
             raise ConfigError(f"is_causal={self.is_causal} is neither 0 nor 1")
         if self.window_left < -1 or self.window_right < -1:
             raise ConfigError(
-                f"window_left={self.window_left}, window_right={self.window_right}: a window is a number of "
-                "keys ≥ 0, or -1 for unbounded"
+                f"window_left={self.window_left}, window_right={self.window_right}: a window is a "
+                "number of keys ≥ 0, or -1 for unbounded"
             )
         if self.is_causal and self.window_right != -1:
             raise ConfigError(
-                f"is_causal=1 with window_right={self.window_right}: is_causal already means window_right=0; "
-                "give one of the two"
+                f"is_causal=1 with window_right={self.window_right}: is_causal already means "
+                "window_right=0; give one of the two"
             )
         if not (math.isfinite(self.softcap) and self.softcap >= 0):
-            raise ConfigError(f"softcap={self.softcap} is neither 0 (off) nor a positive finite number")
+            raise ConfigError(
+                f"softcap={self.softcap} is neither 0 (off) nor a positive finite number"
+            )
         if self.softmax_precision not in tuple(SoftmaxPrecision):
             raise ConfigError(
                 f"softmax_precision={self.softmax_precision} is neither 1 (FLOAT) nor 10 (FLOAT16)"
@@ -104,13 +107,13 @@ class AttentionAttributes:
             raise ConfigError(f"layout={self.layout} is neither 0 (B, H, S, D) nor 1 (B, S, H, D)")
         if unknown := self.features & ~ALL_FEATURES:
             raise ConfigError(
-                f"features={self.features} has unknown bits {unknown:#x}; version {OP_VERSION} knows "
-                f"{', '.join(f'{bit.value} ({bit.name})' for bit in Feature)}"
+                f"features={self.features} has unknown bits {unknown:#x}; version {OP_VERSION} "
+                f"knows {', '.join(f'{bit.value} ({bit.name})' for bit in Feature)}"
             )
         if bool(self.features & Feature.VALUES_IN_K) != (self.v_head_size > 0):
             raise ConfigError(
-                f"v_head_size={self.v_head_size} with features={self.features}: it is the head size of the "
-                "values exactly where they lie in k (feature 8), and 0 otherwise"
+                f"v_head_size={self.v_head_size} with features={self.features}: it is the head "
+                "size of the values exactly where they lie in k (feature 8), and 0 otherwise"
             )
 
     @property
@@ -140,6 +143,7 @@ def check_head_sizes(d: int, v: int) -> None:
     if (d, v) in MLA_HEAD_SIZES or all(0 < size <= 256 and size % 8 == 0 for size in (d, v)):
         return
     raise ConfigError(
-        f"head sizes D={d}, V={v} are not covered by {OP_DOMAIN}::{OP_NAME} version {OP_VERSION}; accepted are "
-        f"multiples of 8 up to 256, and D/V of {' or '.join(f'{a}/{b}' for a, b in MLA_HEAD_SIZES)}"
+        f"head sizes D={d}, V={v} are not covered by {OP_DOMAIN}::{OP_NAME} version {OP_VERSION}; "
+        "accepted are multiples of 8 up to 256, and D/V of "
+        f"{' or '.join(f'{a}/{b}' for a, b in MLA_HEAD_SIZES)}"
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 
 class FastMqaError(Exception):
-    """Base of all errors of this package: a message that says what was given, what is accepted, what to do.
+    """Base of all errors of this package: what was given, what is accepted, what to do.
 
-    ``exit_code`` is what ``fastmqa-export`` ends with (0 is success; 2 is also click's own code for wrong usage).
+    ``exit_code`` is what ``fastmqa-export`` ends with; 2 is click's own code for wrong usage too.
     """
 
     exit_code = 1

@@ -69,5 +69,5 @@ def _split_heads(module: Any, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = module._split_heads(fused)
         return q, k, v
     group = module.num_heads // module.num_kv_heads
-    grouped = fused.unflatten(2, (module.num_kv_heads, group + 2, module.head_dim))
+    grouped = fused.view(*fused.shape[:2], module.num_kv_heads, group + 2, module.head_dim)
     return grouped[:, :, :, :-2].flatten(2, 3), grouped[:, :, :, -2], grouped[:, :, :, -1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The meaning of ``fastmqa::FusedAttention`` in standard ONNX ops: the function that a file carries.
+"""The meaning of ``fastmqa::FusedAttention`` in standard ONNX ops: the function in each file.
 
 Where no library of ours is registered this body is what runs, so it is written for speed: the query
 heads that share a KV head become rows of one matrix (K and V are then read once per KV head), and
@@ -149,8 +149,9 @@ class _Body(ir.tape.Tape):
         self.inputs = {name: ir.Value(name=name) for name in OP_INPUTS}
         self.dtype = self._same("type of q, k and v", (use.dtype for use in uses))
         self.layout = self._same("layout", (use.attributes.layout for use in uses))
-        self.half_softmax = SoftmaxPrecision.FLOAT16 == self._same(
-            "softmax_precision", (use.attributes.softmax_precision for use in uses)
+        self.half_softmax = (
+            self._same("softmax_precision", (use.attributes.softmax_precision for use in uses))
+            == SoftmaxPrecision.FLOAT16
         )
         self.with_lse = self._same("log-sum-exp output", (use.has(Feature.LSE) for use in uses))
         masks = [use.mask_dtype for use in uses if use.has(Feature.MASK)]
@@ -272,10 +273,8 @@ class _Body(ir.tape.Tape):
         windows = ("reach_right", "window_left")
         return any(self._has(x)[0] for x in features) or any(self._uses(x, -1)[0] for x in windows)
 
-    def mask(
-        self, scores: ir.Value, q: ir.Value, k: ir.Value
-    ) -> tuple[ir.Value, ir.Value | None]:
-        """Scores with excluded keys at −inf, and which rows see no key: bool, (B|1, H|1, S|1, 1)."""
+    def mask(self, scores: ir.Value, q: ir.Value, k: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+        """Scores with excluded keys at −inf, and which rows see none: bool, (B|1, H|1, S|1, 1)."""
         keep, empty = self.visible_keys(q, k)
         has_mask = self.mask_dtype is not None
         if has_mask and self.mask_dtype == ir.DataType.BOOL:
@@ -317,7 +316,9 @@ class _Body(ir.tape.Tape):
                 reach = self.do("Add", reach, self.attribute("is_causal"))
             high = self.positions(length, q, self.do("Add", reach, one))
             # The last query stands at the last key unless q_start says otherwise.
-            if self._has(Feature.Q_START)[0] or any(u.attributes.reach_right > 0 for u in self.uses):
+            if self._has(Feature.Q_START)[0] or any(
+                u.attributes.reach_right > 0 for u in self.uses
+            ):
                 high = self.do("Min", length, high)
             if not right_always:
                 high = self.do("Where", self.do("Less", reach, zero), length, high)
@@ -354,9 +355,7 @@ class _Body(ir.tape.Tape):
         shape = self.ints(-1, 1, 1, 1)
         return self.do("Reshape", self.cast(self.inputs[name], _INT64), shape)
 
-    def softmax(
-        self, scores: ir.Value, empty: ir.Value | None
-    ) -> tuple[ir.Value, ir.Value | None]:
+    def softmax(self, scores: ir.Value, empty: ir.Value | None) -> tuple[ir.Value, ir.Value | None]:
         """Float32 weights of scores' shape, NaN in an empty row, and the log-sum-exp (B, H, S)."""
         if not (self.half_softmax or self.with_lse):
             return self.do("Softmax", scores, axis=-1), None

@@ -152,7 +152,7 @@ def _check_mask_function(mask_function: Callable[..., Any]) -> None:
         ExportError: if it is none of these.
     """
     zero = torch.zeros((), dtype=torch.int64)
-    windows = set()
+    windows: set[int] = set()
     for query in (37, 4099, 65543):
         seen = torch.as_tensor(mask_function(zero, zero, zero + query, torch.arange(query + 9)))
         visible = seen.expand(query + 9).nonzero().flatten()
@@ -176,9 +176,7 @@ AttentionMaskInterface.register(IMPLEMENTATION, _mask)
 # Loading
 
 
-def load_folder(
-    folder: Path, dtype: torch.dtype, *, allow_pickle: bool = False
-) -> PreTrainedModel:
+def load_folder(folder: Path, dtype: torch.dtype, *, allow_pickle: bool = False) -> PreTrainedModel:
     """A model from a folder with ``config.json`` and safetensors.
 
     Args:
@@ -340,9 +338,9 @@ def check_attention(model: PreTrainedModel) -> tuple[CacheLayer, ...]:
             model(input_ids=tokens)
         reference = dict(own)
         own.clear()
-        with torch.no_grad(), implementation(model, IMPLEMENTATION):
-            with _running(_Run(inspect_masks=True, names=names)) as run:
-                result = model(input_ids=tokens)
+        run = _Run(inspect_masks=True, names=names)
+        with torch.no_grad(), implementation(model, IMPLEMENTATION), _running(run):
+            result = model(input_ids=tokens)
         ours = dict(own)
     finally:
         for hook in hooks:
@@ -371,7 +369,7 @@ def check_attention(model: PreTrainedModel) -> tuple[CacheLayer, ...]:
     )
 
 
-def _first(output: Any) -> Tensor:
+def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -426,7 +424,9 @@ class _WithCache(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, position: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
+    def forward(
+        self, input_ids: Tensor, position: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, ...]:
         cache = TracedCache(past[::2], past[1::2], position)
         sequence = input_ids.shape[1]
         layers = [_CacheLayer(cache, index) for index in range(len(past) // 2)]
@@ -449,7 +449,7 @@ class _WithoutCache(torch.nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
-        arguments = {}
+        arguments: dict[str, Any] = {}
         if is_decoder(self.model):
             # As generate() does it: padding on either side leaves positions without gaps.
             arguments["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
@@ -461,7 +461,7 @@ class _WithoutCache(torch.nn.Module):
 
 def is_decoder(model: PreTrainedModel) -> bool:
     """Whether the model predicts the next token."""
-    return model.can_generate()
+    return bool(model.can_generate())
 
 
 def exportable(
@@ -512,7 +512,7 @@ class HuggingFaceSource(Source):
 
     def __init__(self, path: Path, dtype: torch.dtype, *, allow_pickle: bool = False) -> None:
         """Load and check the model; its weights are rounded to ``dtype`` once."""
-        self.path = path
+        self.path: Path | None = path
         if path.is_dir():
             self.kind = "hugging-face"
             model = load_folder(path, dtype, allow_pickle=allow_pickle)
@@ -569,7 +569,7 @@ class HuggingFaceSource(Source):
         return torch.randint(0, vocabulary, (batch, length), generator=generator)
 
     def evaluate(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-        """transformers' own eager attention over one sequence, keys and values as it caches them."""
+        """Transformers' own eager attention over one sequence, and what it caches of it."""
         context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         model = self.model
         if dtype == torch.float64 != self.dtype:
@@ -596,14 +596,13 @@ class HuggingFaceSource(Source):
             return None
         return load_tokenizer(self.path)
 
-
     def stop_tokens(self) -> frozenset[int]:
         """Tokens that end a text."""
         ids = self.model.generation_config.eos_token_id
         return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)
 
     def generate(self, prompt: list[int], new_tokens: int) -> list[int]:
-        """Greedy continuation by transformers' generate() with its own attention and cache."""
+        """Greedy continuation by transformers, with its own attention and cache."""
         x = torch.tensor([prompt])
         with torch.no_grad(), implementation(self.model, "eager"):
             tokens = self.model.generate(
@@ -646,14 +645,10 @@ class EverythingInFloat64(TorchFunctionMode):
     cast would be the largest error.
     """
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace ``torch.float32`` among the arguments, and ``.float()``."""
         if func is Tensor.float:
             func = Tensor.double
         args = tuple(torch.float64 if a is torch.float32 else a for a in args)
-        kwargs = {
-            k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()
-        }
+        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
         return func(*args, **kwargs)

@@ -86,7 +86,9 @@ def inspect_file(path: Path) -> dict[str, Any]:
     }
     problems = [f"{node['name']}: {problem}" for node in nodes for problem in node.pop("problems")]
     if nodes and not has_function:
-        problems.append("no function body: the file runs only where a library of ours is registered")
+        problems.append(
+            "no function body: the file runs only where a library of ours is registered"
+        )
     problems += [
         f"weights file {name} is missing beside the model"
         for name in sorted(external)

@@ -58,7 +58,8 @@ def load_source(
         return create(source, PRESETS[source][1], dtype)
     path = Path(source)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
-        return _huggingface().HuggingFaceSource(path, dtype, allow_pickle=allow_pickle)
+        made: Source = _huggingface().HuggingFaceSource(path, dtype, allow_pickle=allow_pickle)
+        return made
     if path.exists():
         raise SourceError(f"{source} is neither a folder nor a .gguf file; accepted is {ACCEPTED}")
     module_name, colon, factory = source.partition(":")
@@ -67,7 +68,8 @@ def load_source(
     close = difflib.get_close_matches(source, ["mqa", "mla", *PRESETS], n=2)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     raise SourceError(
-        f"{source!r} is no built-in, and no such file or folder exists; accepted is {ACCEPTED}.{hint}"
+        f"{source!r} is no built-in, and no such file or folder exists; accepted is {ACCEPTED}."
+        f"{hint}"
     )
 
 
@@ -87,7 +89,8 @@ def _from_factory(module_name: str, factory: str, dtype: torch.dtype) -> Source:
     if isinstance(made, MultiQueryAttention | LatentAttention):
         return BuiltinSource(name, made, dtype)
     if isinstance(made, torch.nn.Module) and hasattr(made, "set_attn_implementation"):
-        return _huggingface().HuggingFaceSource.from_model(made.to(dtype), name)
+        source: Source = _huggingface().HuggingFaceSource.from_model(made.to(dtype), name)
+        return source
     raise SourceError(
         f"{name} returned {type(made).__name__}; a factory returns a module of "
         "fastmqa_export.modules, a transformers model, or a fastmqa_export.source.Source"

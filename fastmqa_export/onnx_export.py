@@ -218,7 +218,7 @@ def _export_error(error: BaseException) -> FastMqaError:
     )
 
 
-class _quiet:  # noqa: N801 - reads as a verb where it is used
+class _quiet:
     """Keeps the exporter's own progress and deprecation chatter from the user."""
 
     def __enter__(self) -> None:

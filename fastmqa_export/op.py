@@ -164,7 +164,9 @@ def node_attributes(
     if kv_heads < 1 or heads % kv_heads:
         raise ConfigError(f"H={heads} query heads are not a multiple of Hkv={kv_heads} in k")
     if v is not None and (v.shape[0] != batch or v.shape[1] != kv_heads or v.shape[2] != keys):
-        raise ConfigError(f"v is {tuple(v.shape)}; with k {tuple(k.shape)} it must be (B, Hkv, T, V)")
+        raise ConfigError(
+            f"v is {tuple(v.shape)}; with k {tuple(k.shape)} it must be (B, Hkv, T, V)"
+        )
     if attributes.v_head_size > k.shape[3]:
         raise ConfigError(f"v_head_size={attributes.v_head_size} exceeds D={k.shape[3]} of k")
     if attn_mask is not None:
@@ -309,7 +311,9 @@ def _six(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*tensors, *(None,) * (6 - len(tensors)))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: Any, output: Any) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: Any, output: Any
+) -> None:
     ctx.save_for_backward(*inputs)
     ctx.values = keyword_only_inputs
 
@@ -320,7 +324,9 @@ def _backward(ctx: Any, grad_y: Tensor, grad_lse: Tensor | None = None) -> tuple
     )
     wanted = [
         gradient if needed and x is not None and x.is_floating_point() else None
-        for gradient, needed, x in zip(gradients, ctx.needs_input_grad, ctx.saved_tensors, strict=False)
+        for gradient, needed, x in zip(
+            gradients, ctx.needs_input_grad, ctx.saved_tensors, strict=False
+        )
     ]
     return (*wanted, None, None)
 

@@ -129,7 +129,14 @@ def attention_gradients(
     Args:
         grad_y: shape of y.
         grad_lse: (B, H, S), or None if the log-sum-exp has no gradient.
-        q, k, v, attn_mask, kv_lengths, q_start, attributes, compute_dtype: as in `attention`.
+        q: as in `attention`, like all that follow.
+        k: keys.
+        v: values, None where they lie in k.
+        attn_mask: mask.
+        kv_lengths: lengths.
+        q_start: positions.
+        attributes: of the op.
+        compute_dtype: float64 or float32.
 
     Returns:
         Gradients of q, k, v and attn_mask in ``compute_dtype``; None for v where the values lie in
@@ -259,7 +266,7 @@ def _operands(
     attributes: AttentionAttributes,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q (B, H, S, D), k and v in ``dtype``, with zeros in k and v beyond the lengths."""
+    """Q (B, H, S, D), k and v in ``dtype``, with zeros in k and v beyond the lengths."""
     if attributes.layout == Layout.BSHD:
         q = q.transpose(1, 2)
     heads, kv_heads = q.shape[1], k.shape[1]

@@ -128,11 +128,11 @@ def _histogram(series: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     low, high = math.floor(edges[first]), math.ceil(edges[last])
     peak = max(count / sum(s["counts"]) for s in series for count in s["counts"])
 
-    def x(edge: float) -> float:
-        return round(_PLOT_WIDTH * (edge - low) / (high - low), 1)
+    def x(edge: float) -> str:
+        return f"{_PLOT_WIDTH * (edge - low) / (high - low):.1f}"
 
-    def y(share: float) -> float:
-        return round(_PLOT_HEIGHT * (1 - share / peak), 1)
+    def y(share: float) -> str:
+        return f"{_PLOT_HEIGHT * (1 - share / peak):.1f}"
 
     lines = []
     for s in series:

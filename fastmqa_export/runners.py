@@ -63,9 +63,7 @@ class _SequenceRunner(BaseRunner):  # type: ignore[misc]
 class TorchRunner(_SequenceRunner):
     """The source's own PyTorch model, each sequence in one pass without cache or padding."""
 
-    def __init__(
-        self, name: str, source: Source, dtype: torch.dtype, *, with_cache: bool
-    ) -> None:
+    def __init__(self, name: str, source: Source, dtype: torch.dtype, *, with_cache: bool) -> None:
         """Run ``source`` in ``dtype``: its own, or float64 as the oracle."""
         super().__init__(name, source)
         self.source, self.dtype, self.with_cache = source, dtype, with_cache

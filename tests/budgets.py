@@ -16,10 +16,8 @@ from fastmqa_export.config import OP_INPUTS, AttentionAttributes, SoftmaxPrecisi
 BUDGET = ErrorBudget()
 
 
-def oracle(
-    tensors: Mapping[str, Tensor], attributes: AttentionAttributes
-) -> tuple[Tensor, Tensor]:
-    """y and lse of the op in float64, its softmax too.
+def oracle(tensors: Mapping[str, Tensor], attributes: AttentionAttributes) -> tuple[Tensor, Tensor]:
+    """Y and lse of the op in float64, its softmax too.
 
     A FLOAT16 softmax is judged against the exact one, as its yardstick is: where scores are rounded
     to float16, two right results can differ by a whole step of a score.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Named cases of the op: what every implementation of it is run on, by tests and benchmarks alike."""
+"""Named cases of the op: what every implementation is run on, by tests and benchmarks alike."""
 
 from __future__ import annotations
 
@@ -132,7 +132,9 @@ def _product() -> list[Case]:
     ]
     ratios = {"mqa": (8, 1), "gqa": (9, 3), "mha": (4, 4)}
     cases = [
-        Case(name=f"{name}_{ratio}_{'bshd' if layout else 'bhsd'}", H=h, Hkv=hkv, layout=layout, **kw)  # type: ignore[arg-type]
+        Case(
+            name=f"{name}_{ratio}_{'bshd' if layout else 'bhsd'}", H=h, Hkv=hkv, layout=layout, **kw
+        )  # type: ignore[arg-type]
         for name, kw in features
         for ratio, (h, hkv) in ratios.items()
         for layout in (0, 1)

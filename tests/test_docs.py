@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The documentation is true: its examples run and print what it shows, and its links lead somewhere.
+"""The documentation is true: its examples run and print what it shows, its links lead somewhere.
 
-An example is a ``console``, ``sh``, ``bash`` or ``python`` block. In a ``console`` block, lines that
-start with ``$ `` are commands (a backslash at the end continues one) and the lines after each are
+An example is a ``console``, ``sh``, ``bash`` or ``python`` block. In a ``console`` block, lines
+that start with ``$ `` are commands (a backslash at the end continues one) and the lines after each are
 what it prints, stdout and stderr together. ``...`` stands for any text, and alone on a line for any
 lines. Of the other kinds only success is checked. The blocks of a file run in order in one
 temporary folder. A block is left out by an HTML comment on the line above it, with a reason:
