@@ -35,6 +35,7 @@ ONNXRUNTIME: Final = "onnxruntime (function body)"
 #: What a language model is asked to continue.
 PROMPTS: Final = (
     "The capital of France is",
+    "The three primary colours are",
     "In mathematics, a prime number is",
     "Write a short poem about the sea:\n",
 )

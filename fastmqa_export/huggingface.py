@@ -152,17 +152,22 @@ def _check_mask_function(mask_function: Callable[..., Any]) -> None:
         ExportError: if it is none of these.
     """
     zero = torch.zeros((), dtype=torch.int64)
-    windows: set[int] = set()
+    kinds: set[object] = set()
     for query in (37, 4099, 65543):
         seen = torch.as_tensor(mask_function(zero, zero, zero + query, torch.arange(query + 9)))
         visible = seen.expand(query + 9).nonzero().flatten()
         low, high = visible.aminmax() if len(visible) else (zero, zero)
-        is_range = len(visible) == high - low + 1
-        if not is_range or (high != query and len(visible) != query + 9):
-            windows.update((-1, -2))  # not an interval that ends at the query: no window at all
+        if len(visible) != high - low + 1:
+            kinds.update(("gaps", "in it"))
+        elif len(visible) == query + 9:
+            kinds.add("full")
+        elif high != query:
+            kinds.update(("ends", "elsewhere"))
         elif low > 0:
-            windows.add(int(query - low))
-    if len(windows) > 1:
+            kinds.add(int(query - low))
+        elif query > 37:  # at the first queries a window is as wide as causality
+            kinds.add("causal")
+    if len(kinds) > 1:
         raise ExportError(
             "the model masks keys by position in a way that is neither causal nor a sliding window "
             f"(chunked or prefix attention, for example), which {OP} has no attribute for"

@@ -209,7 +209,7 @@ def _run(*tensors: Any, **values: Any) -> tuple[Tensor, Tensor]:
         attributes=node_attributes(*tensors, **values),
         compute_dtype=_compute_dtype(q.dtype),
     )
-    return y.to(q.dtype, memory_format=torch.contiguous_format), lse
+    return y.to(q.dtype).contiguous(), lse
 
 
 def _fake(*tensors: Any, **values: Any) -> tuple[Tensor, Tensor]:
@@ -284,7 +284,7 @@ def _attention_backward(
     return tuple(
         q.new_empty(0)
         if gradient is None or x is None
-        else gradient.to(x.dtype, memory_format=torch.contiguous_format)
+        else gradient.to(x.dtype).contiguous()
         for gradient, x in zip(gradients, tensors, strict=False)
     )
 

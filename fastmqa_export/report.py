@@ -30,6 +30,8 @@ from fastmqa_export.files import write_text
 
 _PLOT_WIDTH: Final = 640
 _PLOT_HEIGHT: Final = 200
+#: Bins at the ends with a smaller share of the values are left out of the plot.
+_SHOWN_SHARE: Final = 1e-5
 
 
 def write_report(result: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
@@ -123,7 +125,11 @@ def _histogram(series: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     if not total:
         return None
     edges = series[0]["edges"]
-    used = [i for i in range(len(edges) - 1) if any(s["counts"][i] for s in series)]
+    used = [
+        i
+        for i in range(len(edges) - 1)
+        if any(s["counts"][i] > _SHOWN_SHARE * sum(s["counts"]) for s in series)
+    ]
     first, last = used[0], used[-1] + 1
     low, high = math.floor(edges[first]), math.ceil(edges[last])
     peak = max(count / sum(s["counts"]) for s in series for count in s["counts"])

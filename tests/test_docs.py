@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""The documentation is true: its examples run and print what it shows, its links lead somewhere.
+"""The documentation is true: its examples run and print what it shows, its links lead to files.
 
 An example is a ``console``, ``sh``, ``bash`` or ``python`` block. In a ``console`` block, lines
-that start with ``$ `` are commands (a backslash at the end continues one) and the lines after each are
-what it prints, stdout and stderr together. ``...`` stands for any text, and alone on a line for any
-lines. Of the other kinds only success is checked. The blocks of a file run in order in one
-temporary folder. A block is left out by an HTML comment on the line above it, with a reason:
-``<!-- not run: needs a GPU -->``.
+that start with ``$ `` are commands (a backslash at the end continues one), and the lines after each
+are what it prints, stdout and stderr together. There ``...`` stands for any text within a line, and
+alone on a line for any lines. Of the other kinds only success is checked.
+
+The blocks of a file run in order, in one temporary folder. One is left out by an HTML comment on
+the line above it, with a reason, which pytest then lists: ``<!-- not run: needs a GPU -->``.
 """
 
 import os
@@ -91,8 +92,8 @@ def commands(console: str) -> list[tuple[str, str]]:
     """The commands of a ``console`` block, each with the output shown below it."""
     first, *rest = re.split(r"^\$ ", console, flags=re.MULTILINE)
     assert not first.strip() and rest, f"a console block starts with `$ `, not with: {first}"
-    parts = (re.fullmatch(r"((?:.*\\\n)*.*\n)(.*)", part, re.DOTALL) for part in rest)
-    return [(part[1].rstrip("\n"), part[2]) for part in parts if part]
+    command = re.compile(r"(?:.*\\\n)*.*\n")
+    return [(found[0], part[found.end() :]) for part in rest if (found := command.match(part))]
 
 
 def run(command: list[str], folder: Path) -> str:
