@@ -282,9 +282,7 @@ def _attention_backward(
         compute_dtype=_compute_dtype(q.dtype),
     )
     return tuple(
-        q.new_empty(0)
-        if gradient is None or x is None
-        else gradient.to(x.dtype).contiguous()
+        q.new_empty(0) if gradient is None or x is None else gradient.to(x.dtype).contiguous()
         for gradient, x in zip(gradients, tensors, strict=False)
     )
 

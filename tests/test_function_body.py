@@ -51,9 +51,7 @@ def check(case: Case, tensors, outputs) -> None:
     if case.lse:
         _, expected = oracle(tensors, case.attributes())
         tolerance = 2e-2 if tensors["q"].dtype == FLOAT16 else 1e-5
-        torch.testing.assert_close(
-            outputs[1].double(), expected, rtol=tolerance, atol=tolerance
-        )
+        torch.testing.assert_close(outputs[1].double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(("case", "dtype"), EVERY, ids=lambda x: getattr(x, "name", str(x)[6:]))
@@ -61,9 +59,7 @@ def check(case: Case, tensors, outputs) -> None:
 def test_every_case_is_within_the_budget(case, dtype, runtime):
     tensors = case.tensors(dtype)
     # Head counts that the file does not fix in one runtime, that it does fix in the other.
-    model = ir.to_proto(
-        single_node_model(case.attributes(), tensors, dynamic=runtime == "onnx")
-    )
+    model = ir.to_proto(single_node_model(case.attributes(), tensors, dynamic=runtime == "onnx"))
     onnx.checker.check_model(model, full_check=True)
     check(case, tensors, run(runtime, model, tensors))
 
@@ -188,7 +184,9 @@ def test_huge_numbers_beyond_the_lengths_change_no_bit(dtype, huge, sign):
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
-@pytest.mark.parametrize("case", ["plain_gqa_bhsd", "lengths_causal_gqa_bhsd", "mask_float_gqa_bhsd"])
+@pytest.mark.parametrize(
+    "case", ["plain_gqa_bhsd", "lengths_causal_gqa_bhsd", "mask_float_gqa_bhsd"]
+)
 def test_nan_is_never_hidden(name, case):
     case = BY_NAME[case]
     tensors = case.tensors(FLOAT32)

@@ -140,11 +140,17 @@ MASK = torch.ones(2, 1, 3, 5, dtype=torch.bool)
 
 REFUSED = {
     "rank": (lambda: fused_attention(Q[0], K, K), "q has rank 3; it must have 4"),
-    "dtype": (lambda: fused_attention(Q, K.float(), K), "k is torch.float32 and q is torch.float64"),
+    "dtype": (
+        lambda: fused_attention(Q, K.float(), K),
+        "k is torch.float32 and q is torch.float64",
+    ),
     "integers": (lambda: fused_attention(Q.int(), K.int(), K.int()), "q is torch.int32"),
     "head size": (lambda: fused_attention(Q, K[..., :4], K), "k is (2, 2, 5, 4)"),
     "batch": (lambda: fused_attention(Q, K[:1], K[:1]), "k is (1, 2, 5, 8)"),
-    "heads": (lambda: fused_attention(Q, normal(2, 3, 5, 8), normal(2, 3, 5, 8)), "H=4 query heads"),
+    "heads": (
+        lambda: fused_attention(Q, normal(2, 3, 5, 8), normal(2, 3, 5, 8)),
+        "H=4 query heads",
+    ),
     "values": (lambda: fused_attention(Q, K, K[:, :, :4]), "v is (2, 2, 4, 8)"),
     "no values": (lambda: fused_attention(Q, K), "v is None, so v_head_size must say"),
     "two values": (lambda: fused_attention(Q, K, K, v_head_size=4), "v_head_size=4 although v is"),
@@ -156,8 +162,14 @@ REFUSED = {
         lambda: fused_attention(Q, K, K, None, lengths(1, 2).long()),
         "kv_lengths is torch.int64 (2,); it must be int32 (B=2,)",
     ),
-    "lengths shape": (lambda: fused_attention(Q, K, K, None, lengths(1)), "kv_lengths is torch.int32"),
-    "start": (lambda: fused_attention(Q, K, K, None, None, lengths(1)), "q_start is torch.int32 (1,)"),
+    "lengths shape": (
+        lambda: fused_attention(Q, K, K, None, lengths(1)),
+        "kv_lengths is torch.int32",
+    ),
+    "start": (
+        lambda: fused_attention(Q, K, K, None, None, lengths(1)),
+        "q_start is torch.int32 (1,)",
+    ),
     "half softmax": (
         lambda: fused_attention(Q, K, K, softmax_precision=10),
         "softmax_precision=10 (FLOAT16) with torch.float64 inputs",

@@ -16,7 +16,7 @@ from fastmqa_export.errors import ConfigError
 
 
 def by_the_table(case: Case, t: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """y (B, H, S, V) and lse (B, H, S), key after key, as the op's table reads."""
+    """Y (B, H, S, V) and lse (B, H, S), key after key, as the op's table reads."""
     q = t["q"].swapaxes(1, 2) if case.layout else t["q"]
     k, v = t["k"], t.get("v", t["k"])
     scale = case.D**-0.5 if case.scale is None else case.scale
@@ -42,7 +42,9 @@ def by_the_table(case: Case, t: dict[str, np.ndarray]) -> tuple[np.ndarray, np.n
                 score = case.softcap * math.tanh(score / case.softcap)
             if case.mask:
                 mask = t["attn_mask"]
-                at = tuple(0 if n == 1 else i for n, i in zip(mask.shape, (b, h, s, key), strict=True))
+                at = tuple(
+                    0 if n == 1 else i for n, i in zip(mask.shape, (b, h, s, key), strict=True)
+                )
                 if case.mask == "bool" and not mask[at]:
                     continue
                 if case.mask == "float":
@@ -132,9 +134,7 @@ def test_gradients_are_those_of_the_formula(case):
     found = dict(
         zip(
             ("q", "k", "v", "attn_mask"),
-            reference.attention_gradients(
-                grad_y, grad_lse, *tensors, attributes=case.attributes()
-            ),
+            reference.attention_gradients(grad_y, grad_lse, *tensors, attributes=case.attributes()),
             strict=True,
         )
     )
@@ -167,9 +167,7 @@ def test_strides_do_not_matter():
     t = case.tensors(torch.float64)
     expected, _ = run(case)
     strided = {n: x.transpose(2, 3).contiguous().transpose(2, 3) for n, x in t.items()}
-    y, _ = reference.attention(
-        *(strided.get(n) for n in OP_INPUTS), attributes=case.attributes()
-    )
+    y, _ = reference.attention(*(strided.get(n) for n in OP_INPUTS), attributes=case.attributes())
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
 
 
