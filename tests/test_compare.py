@@ -114,7 +114,7 @@ def test_a_source_of_another_kind_is_refused(exported, tmp_path):
 
 
 def test_bfloat16_cannot_be_compared_here(exported):
-    with pytest.raises(ConfigError, match="no bfloat16 MatMul.*--dtype float32 or float16"):
+    with pytest.raises(ConfigError, match=r"no bfloat16 MatMul.*--dtype float32 or float16"):
         compare(source(dtype=torch.bfloat16), exported)
 
 

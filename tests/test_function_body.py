@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The function body in onnxruntime and in onnx's own evaluator, on every case, within the budget."""
+"""The function body in onnxruntime and in onnx's evaluator, on every case, within the budget."""
 
 import dataclasses
 import os

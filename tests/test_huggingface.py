@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Hugging Face models: every family, what is refused and why, and one real model from a registry."""
+"""Hugging Face models: every family, what is refused and why, and one real model."""
 
 import json
 import shutil

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: MIT
+"""The report holds every figure, in JSON and in one self-contained page."""
+
+import copy
+import html.parser
+import json
+import math
+
+import pytest
+
+from fastmqa_export.report import human_bytes, render, summary, write_report
+
+RESULT = {
+    "tool": {"name": "fastmqa_export", "version": "0.1.0"},
+    "source": {
+        "name": "tiny <b>",
+        "kind": "gguf",
+        "description": "LlamaForCausalLM, 2 layers",
+        "layers": 2,
+        "num_heads": 9,
+        "num_kv_heads": 3,
+        "head_dim": 64,
+        "parameters": 1234567,
+        "dtype": "float32",
+    },
+    "export": {
+        "file": "model.onnx",
+        "bytes": 2048,
+        "data_bytes": 3 * 2**20,
+        "seconds": 1.25,
+        "peak_memory_bytes": 2**30,
+        "opset": 24,
+        "ir_version": 10,
+        "cache": "static",
+        "fused_nodes": 2,
+        "inputs": [{"name": "input_ids", "dtype": "int64", "shape": ["batch", "sequence"]}],
+        "outputs": [{"name": "logits", "dtype": "float", "shape": ["batch", "sequence", 99]}],
+    },
+    "graph": {"unfused": {"MatMul": 7, "Softmax": 2}, "fused": {"MatMul": 3, "FusedAttention": 2}},
+    "accuracy": [
+        {
+            "runtime": "onnxruntime (function body)",
+            "dtype": "float32",
+            "output": "logits",
+            "cases": 7,
+            "max_abs": 1.5e-6,
+            "mean_abs": 1e-7,
+            "max_ulp": 12.5,
+            "cosine": 1.0,
+            "same_dtype_max_abs": 1e-6,
+            "error_ratio": 1.5,
+            "limit": 4e-6,
+            "passed": True,
+            "worst_case": "odd prefill",
+        }
+    ],
+    "error_distribution": [
+        {"label": "PyTorch float32", "edges": [-8.0, -7.0, -6.0], "counts": [10, 30]},
+        {"label": "onnxruntime", "edges": [-8.0, -7.0, -6.0], "counts": [20, 20]},
+    ],
+    "language": {
+        "top1_agreement": 1.0,
+        "kl_mean": 1e-11,
+        "kl_max": 2e-11,
+        "prompts": [
+            {
+                "prompt": "<script>alert(1)</script>",
+                "pytorch": " yes",
+                "onnxruntime": " yes",
+                "identical": True,
+                "tokens": 48,
+            }
+        ],
+    },
+    "kv_cache": {
+        "dtype": "float32",
+        "context": 4096,
+        "rows": [
+            {
+                "attention": "GQA",
+                "layout": "3 × 64",
+                "bytes_per_token": 46080,
+                "bytes_per_sequence": 188743680,
+                "reduction": 2 / 3,
+                "users_factor": 3.0,
+                "is_source": True,
+            }
+        ],
+    },
+    "timings": [
+        {
+            "what": "decode, 64 cached tokens",
+            "runtime": "onnxruntime",
+            "milliseconds": 21.25,
+            "p10": 20.0,
+            "p90": 23.0,
+            "tokens_per_second": 47.1,
+            "threads": 2,
+        }
+    ],
+    "versions": {"python": "3.11.7", "torch": "2.13.0"},
+    "machine": {"cpu": "AMD EPYC", "cores": 2, "gpu": None},
+    "verdict": {"passed": True, "reasons": []},
+}
+
+
+def failing() -> dict:
+    result = copy.deepcopy(RESULT)
+    result["accuracy"][0] |= {"max_abs": math.nan, "error_ratio": math.inf, "passed": False}
+    result["language"]["prompts"][0] |= {"onnxruntime": " no", "identical": False}
+    result["verdict"] = {"passed": False, "reasons": ["logits: error nan exceeds 4.0e-06"]}
+    return result
+
+
+class Balanced(html.parser.HTMLParser):
+    """Fails where tags are not closed in order."""
+
+    VOID = ("meta", "br", "line", "polyline")
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.feed(page)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert tag in self.VOID or self.open.pop() == tag
+
+
+@pytest.mark.parametrize("result", [RESULT, failing()], ids=["pass", "fail"])
+def test_the_page_is_well_formed_and_loads_nothing(result):
+    page = render(result)
+    Balanced(page)
+    for loading in ("http://", "https://", "src=", "@import", "url("):
+        assert loading not in page
+
+
+def test_the_page_holds_the_figures():
+    page = render(RESULT)
+    figures = ("1.5e-06", "1.50", "12.5", "4.0e-06", "1,234,567", "3 MiB", "45 KiB", "66.7 %")
+    for figure in (*figures, "21.25", "47.1", "AMD EPYC", "torch 2.13.0", "Pass."):
+        assert figure in page, figure
+    assert page.count("<polyline") == 2
+
+
+def test_what_users_give_is_escaped():
+    page = render(RESULT)
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert "tiny &lt;b&gt;" in page
+
+
+def test_a_failure_is_seen_first():
+    page = render(failing())
+    assert "Pass." not in page
+    assert "<strong>Fail.</strong>" in page
+    assert "logits: error nan exceeds" in page
+    assert "PyTorch continues otherwise" in page
+
+
+def test_a_report_without_language_or_timings():
+    result = {**RESULT, "language": None, "timings": [], "error_distribution": []}
+    page = render(result)
+    Balanced(page)
+    assert "Language" not in page
+    assert "<svg" not in page
+
+
+def test_both_files_are_written_and_json_has_no_nan(tmp_path):
+    data, page = write_report(failing(), tmp_path)
+    assert page.read_text("utf-8").startswith("<!doctype html>")
+    found = json.loads(data.read_text("utf-8"), parse_constant=pytest.fail)
+    assert found["accuracy"][0]["max_abs"] == "nan"
+    assert found["accuracy"][0]["error_ratio"] == "inf"
+    assert found["source"] == RESULT["source"]
+
+
+def test_the_summary_says_what_matters():
+    text = summary(RESULT)
+    assert "verdict: PASS" in text
+    assert "max error 1.5e-06, 1.50 × PyTorch float32, limit 4.0e-06" in text
+    assert "(48 tokens, the same as PyTorch's)" in text
+    text = summary(failing())
+    assert "verdict: FAIL" in text
+    assert "FAIL logits" in text
+    assert "DIFFERS from PyTorch: yes" in text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (4 * 2**30, "4 GiB"), (2**43, "8192 GiB")],
+)
+def test_bytes_for_people(count, text):
+    assert human_bytes(count) == text
