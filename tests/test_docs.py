@@ -156,3 +156,18 @@ def test_links_lead_to_files(document: Path) -> None:
             continue  # a heading of this page, or another site
         path = (document.parent / target).resolve()
         assert path.is_relative_to(ROOT) and path.exists(), f"{target} does not exist"
+
+
+def test_the_op_page_names_every_input_attribute_and_feature() -> None:
+    from fastmqa_export.config import (
+        OP_INPUTS,
+        OP_OUTPUTS,
+        PLUGIN_ATTRIBUTES,
+        AttentionAttributes,
+        Feature,
+    )
+
+    page = (ROOT / "docs" / "op.md").read_text(encoding="utf-8")
+    names = [*OP_INPUTS, *OP_OUTPUTS, *AttentionAttributes.__dataclass_fields__, *PLUGIN_ATTRIBUTES]
+    assert [name for name in names if f"`{name}`" not in page] == []
+    assert all(f"{int(bit)} " in page.split("bits: ")[1].split("An unknown")[0] for bit in Feature)
