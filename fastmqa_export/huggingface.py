@@ -67,6 +67,8 @@ class _Run:
     inspect_masks: bool = False
     names: Mapping[torch.nn.Module, str] = dataclasses.field(default_factory=dict)
     called: set[torch.nn.Module] = dataclasses.field(default_factory=set)
+    layer_windows: set[int] = dataclasses.field(default_factory=set)
+    mask_windows: set[int] = dataclasses.field(default_factory=set)
 
     def layer(self, module: torch.nn.Module) -> str:
         """How messages call an attention."""
@@ -120,6 +122,7 @@ def _attention(
     )
     assert isinstance(output, Tensor)
     run.called.add(module)
+    run.layer_windows.add(window)
     return output.transpose(1, 2), None
 
 
@@ -136,14 +139,14 @@ def _mask(
     """Only the padding, bool (B, 1, 1, T): causality and windows are attributes of the op."""
     run = _RUN.get(_Run())
     if run.inspect_masks and mask_function is not None:
-        _check_mask_function(mask_function)
+        run.mask_windows.add(_window_of(mask_function))
     if attention_mask is None:
         return None
     return attention_mask[:, None, None, :kv_length].to(torch.bool)
 
 
-def _check_mask_function(mask_function: Callable[..., Any]) -> None:
-    """Check that a mask by positions is full, causal or a sliding window.
+def _window_of(mask_function: Callable[..., Any]) -> int:
+    """How many keys before its own a query sees by such a mask, −1 for all.
 
     transformers gives masks as functions of indices, so they can be asked at any distance; a few
     tokens would not show that attention is chunked, say, every 8192 keys.
@@ -152,7 +155,7 @@ def _check_mask_function(mask_function: Callable[..., Any]) -> None:
         ExportError: if it is none of these.
     """
     zero = torch.zeros((), dtype=torch.int64)
-    kinds: set[object] = set()
+    kinds: set[int | str] = set()
     for query in (37, 4099, 65543):
         seen = torch.as_tensor(mask_function(zero, zero, zero + query, torch.arange(query + 9)))
         visible = seen.expand(query + 9).nonzero().flatten()
@@ -172,6 +175,7 @@ def _check_mask_function(mask_function: Callable[..., Any]) -> None:
             "the model masks keys by position in a way that is neither causal nor a sliding window "
             f"(chunked or prefix attention, for example), which {OP} has no attribute for"
         )
+    return next((kind for kind in kinds if isinstance(kind, int)), -1)
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)
@@ -365,6 +369,11 @@ def check_attention(model: PreTrainedModel) -> tuple[CacheLayer, ...]:
                 f"(largest difference {difference:.2e} of {scale:.2e}): it does something that "
                 "the op does not express"
             )
+    if run.mask_windows and run.mask_windows != run.layer_windows:
+        raise ExportError(
+            f"the layers of {type(model).__name__} have windows {sorted(run.layer_windows)} and "
+            f"its masks {sorted(run.mask_windows)} (-1: none), so one would be lost in {OP}"
+        )
     cache = getattr(result, "past_key_values", None)
     if cache is None:
         return ()

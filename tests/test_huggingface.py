@@ -137,13 +137,31 @@ def test_masks_by_position_are_recognised():
         zero = torch.zeros(1, dtype=torch.int64)
         return causal_mask_function(b, h, q, k) & chunked_overlay(512, zero)(0, h, q, k)
 
-    huggingface._check_mask_function(causal_mask_function)
+    assert huggingface._window_of(causal_mask_function) == -1
+    assert huggingface._window_of(lambda b, h, q, k: k >= 0) == -1
     for window in (1, 7, 512, 4096):
-        huggingface._check_mask_function(sliding_window_causal_mask_function(window))
-    huggingface._check_mask_function(lambda b, h, q, k: k >= 0)
+        mask = sliding_window_causal_mask_function(window)
+        assert huggingface._window_of(mask) == window - 1
     for mask in (chunked, lambda b, h, q, k: (k <= q) | (k < 50), lambda b, h, q, k: k % 2 == 0):
         with pytest.raises(ExportError, match="neither causal nor a sliding window"):
-            huggingface._check_mask_function(mask)
+            huggingface._window_of(mask)
+
+
+def test_a_window_that_the_layers_do_not_tell_is_refused():
+    """Five tokens give the same numbers with a window of 100 and without."""
+    model = make("MistralConfig", {"num_key_value_heads": 2, "sliding_window": 100})
+    assert HuggingFaceSource.from_model(model, "mistral").layers
+    attention = huggingface._attention
+
+    def forgetful(*args, sliding_window=None, **kwargs):
+        return attention(*args, **kwargs)
+
+    transformers.AttentionInterface.register(huggingface.IMPLEMENTATION, forgetful)
+    try:
+        with pytest.raises(ExportError, match=r"windows \[-1\] and its masks \[99\]"):
+            HuggingFaceSource.from_model(model, "mistral")
+    finally:
+        transformers.AttentionInterface.register(huggingface.IMPLEMENTATION, attention)
 
 
 # Loading
