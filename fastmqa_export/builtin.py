@@ -83,7 +83,7 @@ class BuiltinSource(Source):
         shape = self.shape()
         kind = {1: "MQA", shape.num_heads: "MHA"}.get(shape.num_kv_heads, "GQA")
         self.description = (
-            f"{'MLA' if shape.latent_size else kind}, hidden {module.hidden_size}, "
+            f"{'MLA' if shape.latent_columns else kind}, hidden {module.hidden_size}, "
             f"{shape.num_heads} heads of {shape.head_dim}"
         )
         self._wide: MultiQueryAttention | LatentAttention | None = None
@@ -92,7 +92,7 @@ class BuiltinSource(Source):
         """Sizes of the attention."""
         m = self.module
         if isinstance(m, LatentAttention):
-            return AttentionShape(1, m.num_heads, 1, m.head_dim, m.latent_size)
+            return AttentionShape(1, m.num_heads, 1, m.head_dim, 2 * m.latent_size)
         return AttentionShape(1, m.num_heads, m.num_kv_heads, m.head_dim)
 
     def parameters(self) -> int:

@@ -550,9 +550,14 @@ class HuggingFaceSource(Source):
         self.layers = check_attention(model)
         self._wide: PreTrainedModel | None = None
         shape = self.shape()
+        cached = (
+            f"{shape.latent_columns} latent columns cached"
+            if shape.latent_columns
+            else f"{shape.num_kv_heads} KV heads"
+        )
         self.description = (
-            f"{type(model).__name__}, {shape.layers} layers, {shape.num_heads} query heads, "
-            f"{shape.num_kv_heads} KV heads of {shape.head_dim}"
+            f"{type(model).__name__}, {shape.layers} layers, {shape.num_heads} query heads of "
+            f"{shape.head_dim}, {cached}"
         )
 
     def shape(self) -> AttentionShape:
@@ -560,12 +565,21 @@ class HuggingFaceSource(Source):
         config = self.model.config.get_text_config()
         heads = config.num_attention_heads
         first = self.layers[0] if self.layers else None
-        return AttentionShape(
+        shape = AttentionShape(
             layers=len(self.layers) or config.num_hidden_layers,
             num_heads=heads,
             num_kv_heads=first.kv_heads if first else heads,
             head_dim=first.key_size if first else config.hidden_size // heads,
         )
+        if first and getattr(
+            config, "kv_lora_rank", None
+        ):  # MLA of DeepSeek: latent and rotary part
+            return dataclasses.replace(
+                shape,
+                head_dim=config.qk_nope_head_dim + config.qk_rope_head_dim,
+                latent_columns=first.key_size + first.value_size,
+            )
+        return shape
 
     def parameters(self) -> int:
         """Number of weights, shared ones counted once."""

@@ -188,29 +188,32 @@ def kv_cache_table(
     shape: AttentionShape, dtype: torch.dtype, context: int = 4096
 ) -> dict[str, Any]:
     """Bytes of the cache if the same heads were MHA, GQA, MQA or latent."""
-    heads, d = shape.num_heads, shape.head_dim
-    kv = shape.num_kv_heads
-    grouped = kv if 1 < kv < heads else heads // 4 if heads % 4 == 0 and heads > 4 else 0
-    latent = shape.latent_size or d // 2
-    source = "MLA" if shape.latent_size else {1: "MQA", heads: "MHA"}.get(kv, "GQA")
-    kinds = [("MHA", heads, d), ("GQA", grouped, d), ("MQA", 1, d), ("MLA", 1, latent)]
-    per_column = 2 * shape.layers * dtype.itemsize  # keys and values
-    mha = per_column * heads * d
+    heads, kv, d = shape.num_heads, shape.num_kv_heads, shape.head_dim
+    source = "MLA" if shape.latent_columns else {1: "MQA", heads: "MHA"}.get(kv, "GQA")
+    groups = kv if source == "GQA" else heads // 4 if heads % 4 == 0 and heads > 4 else 0
+    latent = shape.latent_columns or d
+    columns = {  # of keys and values, per token and layer
+        "MHA": (f"{heads} × {d}", 2 * heads * d),
+        "GQA": (f"{groups} × {d}", 2 * groups * d),
+        "MQA": (f"1 × {d}", 2 * d),
+        "MLA": (f"latent, {latent} columns", latent),
+    }
+    mha = columns["MHA"][1]
     return {
         "dtype": _name(dtype),
         "context": context,
         "rows": [
             {
                 "attention": kind,
-                "layout": f"{n} × {columns}",
-                "bytes_per_token": per_column * n * columns,
-                "bytes_per_sequence": per_column * n * columns * context,
-                "reduction": 1 - per_column * n * columns / mha,
-                "users_factor": mha / (per_column * n * columns),
+                "layout": layout,
+                "bytes_per_token": shape.layers * count * dtype.itemsize,
+                "bytes_per_sequence": shape.layers * count * dtype.itemsize * context,
+                "reduction": 1 - count / mha,
+                "users_factor": mha / count,
                 "is_source": kind == source,
             }
-            for kind, n, columns in kinds
-            if n
+            for kind, (layout, count) in columns.items()
+            if count
         ],
     }
 

@@ -24,16 +24,16 @@ class AttentionShape:
         layers: how many attentions there are.
         num_heads: H.
         num_kv_heads: Hkv.
-        head_dim: D.
-        latent_size: columns that a latent cache holds for keys and as many for values; 0: the
-            cache holds keys and values.
+        head_dim: D, of a head that is not compressed.
+        latent_columns: what a latent cache holds of a token in one layer; 0: the cache holds keys
+            and values.
     """
 
     layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    latent_size: int = 0
+    latent_columns: int = 0
 
 
 class Source(abc.ABC):

@@ -26,7 +26,7 @@ def test_presets_have_the_four_sizes(preset):
     if size == "512":
         shape = load_source(preset, FLOAT32).shape()
         assert (shape.num_heads, shape.num_kv_heads, shape.head_dim) == (8, 1, 64)
-        assert shape.latent_size == (32 if kind == "mla" else 0)
+        assert shape.latent_columns == (2 * 32 if kind == "mla" else 0)
 
 
 def test_the_seed_makes_the_weights():
