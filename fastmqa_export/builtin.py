@@ -133,7 +133,7 @@ class BuiltinSource(Source):
         """The module with its cache in place."""
         return _Steps(self.module)
 
-    def evaluate(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    def evaluate(self, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """The module over one sequence, its attention written in PyTorch's own operators."""
         if dtype == torch.float64 != self.dtype:
             self._wide = self._wide or copy.deepcopy(self.module).double()
@@ -147,7 +147,12 @@ class BuiltinSource(Source):
                 y = module(x.to(dtype), cache)
         finally:
             module.attention = fused_attention
-        return y, [x for x in (cache.keys[0], cache.values[0]) if x is not None]
+        outputs = {
+            self.output_name: y,
+            "present.0.key": cache.keys[0],
+            "present.0.value": cache.values[0],
+        }
+        return {name: x for name, x in outputs.items() if x is not None}
 
 
 class _Steps:

@@ -36,7 +36,7 @@ from transformers import (
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 import fastmqa_export.op
-from fastmqa_export import falcon
+from fastmqa_export import absorbed, falcon
 from fastmqa_export.cache import CacheLayer, TracedCache
 from fastmqa_export.config import OP_DOMAIN, OP_NAME
 from fastmqa_export.errors import ExportError, SourceError
@@ -109,18 +109,22 @@ def _attention(
     if sliding_window and not causal:
         raise ExportError(f"{run.layer(module)} has a sliding window without causality")
     window = sliding_window - 1 if sliding_window else -1
+    on_latents = absorbed.is_adapted(module)
     output = fastmqa_export.op.fused_attention(
-        query,
+        absorbed.absorbed_query(module, query) if on_latents else query,
         key,
-        value,
+        None if on_latents else value,
         attention_mask,
         run.kv_lengths,
         scale=scaling,
         is_causal=causal,
         window_left=window,
         softcap=float(softcap or 0.0),
+        v_head_size=int(module.kv_lora_rank) if on_latents else 0,  # type: ignore[arg-type]
     )
     assert isinstance(output, Tensor)
+    if on_latents:
+        output = absorbed.expanded_output(module, output)
     run.called.add(module)
     run.layer_windows.add(window)
     return output.transpose(1, 2), None
@@ -377,8 +381,12 @@ def check_attention(model: PreTrainedModel) -> tuple[CacheLayer, ...]:
     cache = getattr(result, "past_key_values", None)
     if cache is None:
         return ()
+    # A latent and its rotary key share one buffer, so that the op finds its keys ready.
+    on_latents = any(absorbed.can_absorb(module) for module in names)
     return tuple(
-        CacheLayer(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
+        CacheLayer(1, layer.keys.shape[3] + layer.values.shape[3], 0)
+        if on_latents
+        else CacheLayer(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
         for layer in cache.layers
     )
 
@@ -388,14 +396,23 @@ def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 @contextlib.contextmanager
-def implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Run the model with another attention for a while."""
+def implementation(model: PreTrainedModel, name: str, *, absorb: bool = True) -> Iterator[None]:
+    """Run the model with another attention for a while.
+
+    Args:
+        model: any.
+        name: `IMPLEMENTATION` or one of transformers' own.
+        absorb: with ours, run latent attention on the latents themselves.
+    """
     before = model.config._attn_implementation
     # set_attn_implementation() refuses models like Falcon, whose forward reads the config anyway.
     model.config._attn_implementation = name
-    ours = name == IMPLEMENTATION
     try:
-        with falcon.adapted(model, _attention) if ours else contextlib.nullcontext():
+        with contextlib.ExitStack() as adaptations:
+            if name == IMPLEMENTATION:
+                adaptations.enter_context(falcon.adapted(model, _attention))
+                if absorb:
+                    adaptations.enter_context(absorbed.adapted(model))
             yield
     finally:
         model.config._attn_implementation = before
@@ -419,6 +436,9 @@ class _CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         pass
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
+        if self.cache.values[self.index] is None:  # one buffer for a latent and its rotary key
+            both = torch.cat([key_states, value_states], -1)
+            return self.cache.update(self.index, both)
         return self.cache.update(self.index, key_states, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -434,16 +454,21 @@ class _CacheLayer(CacheLayerMixin):  # type: ignore[misc]
 class _WithCache(torch.nn.Module):
     """input_ids (B, S), position (B,), caches (B, Hkv, T, ·) to logits and the caches written."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, layers: tuple[CacheLayer, ...]) -> None:
         super().__init__()
         self.model = model
+        self.layers = layers
 
     def forward(
         self, input_ids: Tensor, position: Tensor, past: list[Tensor]
     ) -> tuple[Tensor, ...]:
-        cache = TracedCache(past[::2], past[1::2], position)
+        buffers = iter(past)
+        pairs = [
+            (next(buffers), next(buffers) if layer.value_size else None) for layer in self.layers
+        ]
+        cache = TracedCache([k for k, _ in pairs], [v for _, v in pairs], position)
         sequence = input_ids.shape[1]
-        layers = [_CacheLayer(cache, index) for index in range(len(past) // 2)]
+        layers = [_CacheLayer(cache, index) for index in range(len(pairs))]
         with _running(_Run(kv_lengths=cache.kv_lengths(sequence))):
             output = self.model(
                 input_ids=input_ids,
@@ -452,7 +477,7 @@ class _WithCache(torch.nn.Module):
                 use_cache=True,
             )
         present = (x for pair in zip(cache.keys, cache.values, strict=True) for x in pair)
-        return (output.logits, *present)
+        return (output.logits, *(x for x in present if x is not None))
 
 
 class _WithoutCache(torch.nn.Module):
@@ -510,10 +535,13 @@ def exportable(
     outputs = ["logits"]
     for index, layer in enumerate(layers):
         for name, size in (("key", layer.key_size), ("value", layer.value_size)):
+            if size == 0:
+                continue
             shape = ("batch", layer.kv_heads, "capacity", size)
             inputs.append(TensorSpec(f"past_key_values.{index}.{name}", model.dtype, shape))
             outputs.append(f"present.{index}.{name}")
-    return Exportable(_WithCache(model), tuple(inputs), tuple(outputs), metadata, first_list=2)
+    module = _WithCache(model, layers)
+    return Exportable(module, tuple(inputs), tuple(outputs), metadata, first_list=2)
 
 
 # The source
@@ -588,7 +616,8 @@ class HuggingFaceSource(Source):
     @contextlib.contextmanager
     def traceable(self, cache: str) -> Iterator[Exportable]:
         """The module to trace; while the context is open the model has our attention."""
-        with implementation(self.model, IMPLEMENTATION):
+        # One file prefills and decodes: on latents, decoding reads 1 / H of the bytes.
+        with implementation(self.model, IMPLEMENTATION, absorb=cache == "static"):
             yield exportable(self.model, self.layers, cache=cache, source=self.name)
 
     def sample(self, batch: int, length: int, generator: torch.Generator) -> Tensor:
@@ -596,7 +625,7 @@ class HuggingFaceSource(Source):
         vocabulary = self.model.config.get_text_config().vocab_size
         return torch.randint(0, vocabulary, (batch, length), generator=generator)
 
-    def evaluate(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    def evaluate(self, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Transformers' own eager attention over one sequence, and what it caches of it."""
         context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         model = self.model
@@ -607,12 +636,18 @@ class HuggingFaceSource(Source):
         arguments = {} if cache is None else {"past_key_values": cache, "use_cache": True}
         with torch.no_grad(), context, implementation(model, "eager"):
             output = model(input_ids=x, **arguments)
-        caches = []
-        for ours, layer in zip(self.layers, cache.layers if cache else (), strict=True):
+        outputs = {self.output_name: output[0]}
+        cached = zip(self.layers, cache.layers if cache else (), strict=True)
+        for index, (ours, layer) in enumerate(cached):
             # Some models cache repeated keys and values; ours are cached once per KV head.
             repeats = layer.keys.shape[1] // ours.kv_heads
-            caches += [layer.keys[:, ::repeats], layer.values[:, ::repeats]]
-        return output[0], caches
+            key, value = layer.keys[:, ::repeats], layer.values[:, ::repeats]
+            if ours.value_size:
+                outputs[f"present.{index}.key"] = key
+                outputs[f"present.{index}.value"] = value
+            else:
+                outputs[f"present.{index}.key"] = torch.cat([key, value], -1)
+        return outputs
 
     def steps(self) -> StepModel:
         """The model with torch's scaled dot-product attention and transformers' own cache."""

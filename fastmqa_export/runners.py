@@ -75,11 +75,12 @@ class TorchRunner(_SequenceRunner):
         parts: dict[str, list[torch.Tensor]] = {}
         for row, length in zip(sequence, prefill + decode, strict=True):
             x = torch.from_numpy(row[None, :length])
-            y, caches = self.source.evaluate(_in_dtype(x, self.source.dtype), self.dtype)
-            parts.setdefault(self.source.output_name, []).append(y[0])
-            for index, cache in enumerate(caches if self.with_cache else ()):
-                name = f"present.{index // 2}.{('key', 'value')[index % 2]}"
-                parts.setdefault(name, []).append(cache[0].transpose(0, 1))
+            outputs = self.source.evaluate(_in_dtype(x, self.source.dtype), self.dtype)
+            for name, (tensor,) in outputs.items():
+                if name == self.source.output_name:
+                    parts.setdefault(name, []).append(tensor)
+                elif self.with_cache:
+                    parts.setdefault(name, []).append(tensor.transpose(0, 1))
         return {name: to_numpy(torch.cat(tensors)) for name, tensors in parts.items()}
 
 

@@ -76,7 +76,7 @@ class Source(abc.ABC):
         """Random input (B, N, …) of the kind that ``input_name`` takes."""
 
     @abc.abstractmethod
-    def evaluate(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    def evaluate(self, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """One sequence from its beginning, without a cache, by operators that are not ours.
 
         Args:
@@ -85,8 +85,8 @@ class Source(abc.ABC):
                 the same (rounded) weights.
 
         Returns:
-            The output (1, N, …), and what each layer would have cached: key, value, key, …, each
-            (1, Hkv, N, ·).
+            By the names of the graph's outputs: ``output_name`` (1, N, …), and what each layer
+            would have cached, ``present.*`` (1, Hkv, N, ·).
         """
 
     @abc.abstractmethod

@@ -43,7 +43,9 @@ def test_each_family_is_exported_within_the_budget(exported):
     kv_heads, size = DECODERS[name][2]
     info = inspect_file(path)
     assert len(info["fused_attention"]) == source.shape().layers
-    assert all(node["live"] == ["lengths"] for node in info["fused_attention"])
+    on_latents = name in ("deepseek_v3", "minicpm3")
+    live = ["lengths", "values_in_k"] if on_latents else ["lengths"]
+    assert all(node["live"] == live for node in info["fused_attention"])
     past = next(x for x in info["inputs"] if x["name"] == "past_key_values.0.key")
     assert past["shape"] == ["batch", kv_heads, "capacity", size]
 
@@ -61,8 +63,18 @@ def test_what_the_configuration_says_is_in_the_nodes(exported):
         "mistral": [3, 3, 3],
     }.get(name, [-1] * len(attributes(path, "window_left")))
     assert set(attributes(path, "softcap")) == {50.0 if name == "gemma2" else 0.0}
-    if name == "deepseek_v3":  # of the whole head, 16 + 8
+    if name in ("deepseek_v3", "minicpm3"):  # absorbed: the scale stays that of the head, 16 + 8
         assert attributes(path, "scale") == pytest.approx([24**-0.5] * 3)
+        assert attributes(path, "v_head_size") == [32] * 3
+
+
+def test_latent_attention_without_a_cache_is_expanded(tmp_path):
+    source = HuggingFaceSource.from_model(decoder("deepseek_v3"), "deepseek_v3")
+    path = tmp_path / "model.onnx"
+    export_source(source, path, "none")
+    assert attributes(path, "v_head_size") == [0] * 3
+    comparison = compare(source, path)
+    assert comparison.passed, comparison.reasons
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -257,8 +269,8 @@ def test_the_oracle_is_in_float64_all_the_way():
     model = decoder("llama")
     tokens = torch.arange(6)[None]
     source = HuggingFaceSource.from_model(model, "llama")
-    y, caches = source.evaluate(tokens, torch.float64)
-    assert y.dtype == caches[0].dtype == torch.float64
+    outputs = source.evaluate(tokens, torch.float64)
+    assert {x.dtype for x in outputs.values()} == {torch.float64}
     # A norm that passed through float32 would be 1e-8 off.
     norm = model.model.norm
     x = torch.randn(4, 64, dtype=torch.float64)

@@ -25,7 +25,7 @@ LAYERS = (
     ("function_body",),
     ("onnx_export",),
     ("source",),
-    ("builtin", "falcon", "huggingface"),
+    ("absorbed", "builtin", "falcon", "huggingface"),
     ("load_source",),
     ("runners", "timing"),
     ("compare",),
@@ -34,7 +34,7 @@ LAYERS = (
 )
 SIBLINGS = {
     "modules": {"cache"},
-    "huggingface": {"falcon"},
+    "huggingface": {"absorbed", "falcon"},
 }
 #: `cli` stands outside the layers: it imports anything, but inside its commands.
 CLI_AT_MODULE_LEVEL = {"click", f"{PACKAGE}.errors", f"{PACKAGE}.config"}

@@ -73,16 +73,12 @@ def run(case: Case, dtype: torch.dtype = torch.float64, **kwargs):
 
 @pytest.mark.parametrize("case", CASES + HALF_SOFTMAX_CASES, ids=lambda case: case.name)
 def test_attention_is_what_the_table_says_and_never_uses_the_padding(case):
-    # Large heads only repeat the arithmetic, and the loops are slow.
-    case = dataclasses.replace(case, H=min(case.H, 2 * case.Hkv), S=min(case.S, 7))
     arrays = {name: x.numpy() for name, x in case.tensors(torch.float64, poison=True).items()}
     expected_y, expected_lse = by_the_table(case, arrays)
     y, lse = run(case)
-    # A score at the edge between two float16 values may round either way: a step of 2⁻¹⁰.
-    tolerance = 4e-3 * case.magnitude**2 if case.softmax_precision == 10 else 1e-12
     y = y.transpose(1, 2) if case.layout else y
-    np.testing.assert_allclose(y.numpy(), expected_y, rtol=tolerance, atol=tolerance)
-    np.testing.assert_allclose(lse.numpy(), expected_lse, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(y.numpy(), expected_y, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(lse.numpy(), expected_lse, rtol=1e-12, atol=1e-12)
 
 
 SDPA = [c for c in CASES if not (c.softcap or c.kv_lengths or c.q_start or c.values_in_k)]

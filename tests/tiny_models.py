@@ -63,7 +63,9 @@ DECODERS: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
         {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
         (2, 8),
     ),
-    "deepseek_v3": ("DeepseekV3Config", _DEEPSEEK, (1, 32)),
+    # A latent of 32 and a rotary key of 8 in one buffer
+    "deepseek_v3": ("DeepseekV3Config", _DEEPSEEK, (1, 40)),
+    "minicpm3": ("MiniCPM3Config", _DEEPSEEK, (1, 40)),
     "gpt2": ("GPT2Config", {}, (8, 8)),
 }
 
