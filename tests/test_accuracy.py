@@ -66,6 +66,39 @@ def test_nan_and_infinity_on_both_sides_are_equal(value):
     assert measure(with_value(value), with_value(value), torch.float32).max_abs == 0
 
 
+@pytest.mark.parametrize(
+    ("actual", "oracle", "cosine"),
+    [
+        ([0.0, 0.0], [0.0, 0.0], 1.0),
+        ([0.0, 0.0], [1.0, 0.0], 0.0),
+        ([3.0, 4.0], [6.0, 8.0], 1.0),
+        ([3.0, 4.0], [-3.0, -4.0], -1.0),
+        ([3.0, 4.0], [4.0, -3.0], 0.0),
+    ],
+)
+def test_cosine(actual, oracle, cosine):
+    both = (torch.tensor(x, dtype=torch.float64) for x in (actual, oracle))
+    assert measure(*both, torch.float32).cosine == pytest.approx(cosine)
+
+
+def test_infinities_in_the_oracle_do_not_widen_the_unit():
+    error = measure(with_value(math.inf), with_value(math.inf), torch.float16)
+    assert error.ulp == 2**-10
+
+
+def test_subnormal_errors_count_in_subnormal_units():
+    tiny = torch.full((2,), 2.0**-24, dtype=torch.float64)
+    error = measure(3 * tiny, tiny, torch.float16)
+    assert (error.max_ulp, error.ulp) == (2.0, 2.0**-24)
+
+
+@pytest.mark.parametrize("actual", [math.nan, math.inf])
+def test_a_budget_that_is_itself_broken_lets_nothing_pass(actual):
+    """Not even beside a same-dtype error that is infinite."""
+    broken = measure(with_value(math.nan), ONES, torch.float32)
+    assert not ErrorBudget().accepts(measure(with_value(actual), ONES, torch.float32), broken)
+
+
 def test_shapes_must_be_equal():
     with pytest.raises(ValueError, match="shapes differ"):
         measure(ONES, ONES[:1], torch.float32)

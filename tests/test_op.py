@@ -25,6 +25,8 @@ def lengths(*values: int) -> torch.Tensor:
 
 Q, K = normal(2, 4, 3, 8), normal(2, 2, 5, 8)
 
+MASK = torch.ones(2, 1, 3, 5, dtype=torch.bool)
+
 CALLS = {
     "plain": ((Q, K, K, None, None, None), {"scale": 0.3}),
     "causal_lengths": ((Q, K, K, None, lengths(5, 2), None), {"scale": 0.3, "is_causal": True}),
@@ -94,6 +96,23 @@ def test_compiles_without_a_graph_break(backend):
         torch.testing.assert_close((q.grad, k.grad), expected)
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_every_variant_is_traced_with_its_gradient(name):
+    arguments, attributes = CALLS[name]
+
+    def call(*leaves):
+        y, lse = fused_attention(*leaves, **attributes, return_lse=True)
+        return y.sum() + lse.masked_fill(lse == -torch.inf, 0).sum()
+
+    def gradients(function):
+        leaves = [x if x is None else x.clone() for x in arguments]
+        live = [x.requires_grad_() for x in leaves if x is not None and x.is_floating_point()]
+        return torch.autograd.grad(function(*leaves), live)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(gradients(compiled), gradients(call))
+
+
 def test_exports_as_one_node_with_dynamic_sizes():
     class Module(torch.nn.Module):
         def forward(self, q, k, kv_lengths):
@@ -129,6 +148,44 @@ def test_computes_in_float32_and_returns_the_inputs_type(name, dtype):
     assert torch.equal(y, expected.to(dtype))
 
 
+@pytest.mark.parametrize("mask_dtype", [torch.float16, torch.float32, torch.bool])
+def test_a_mask_may_be_bool_or_float32_or_of_the_inputs_type(mask_dtype):
+    q, k = normal(2, 4, 3, 8, dtype=torch.float16), normal(2, 2, 5, 8, dtype=torch.float16)
+    added = torch.tensor([0.0, 0.0, -torch.inf, 0.0, 0.0]).expand(1, 1, 3, 5)
+    mask = added == 0 if mask_dtype == torch.bool else added.to(mask_dtype)
+    y = fused_attention(q, k, k, mask)
+    assert torch.equal(y, fused_attention(q, k, k, added))
+    assert not torch.equal(y, fused_attention(q, k, k))
+
+
+def test_integers_and_booleans_have_no_gradient():
+    leaves = [x.clone().requires_grad_() for x in (Q, K, K)]
+    others = (MASK, lengths(5, 4), lengths(1, 2))
+    y = fused_attention(*leaves, *others)
+    edges = [edge for edge, _ in y.grad_fn.next_functions]
+    assert [edge is not None for edge in edges] == [True] * 3 + [False] * 3
+    y.sum().backward()
+    assert all(x.grad is not None and x.grad.any() for x in leaves)
+
+
+def test_no_gradient_is_computed_where_none_is_asked_for():
+    q, k = Q.clone(), K.clone().requires_grad_()
+    fused_attention(q, k, K).sum().backward()
+    assert q.grad is None
+    assert k.grad is not None
+
+
+@pytest.mark.parametrize("layout", [0, 1])
+def test_inputs_may_be_strided_and_the_result_is_contiguous(layout):
+    q = (Q.transpose(1, 2) if layout else Q).clone()
+    expected = fused_attention(q, K, K, layout=layout)
+    wide = [torch.stack((x, torch.full_like(x, torch.nan)), -1)[..., 0] for x in (q, K)]
+    assert not any(x.is_contiguous() for x in wide)
+    y = fused_attention(wide[0], wide[1], wide[1], layout=layout)
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, expected)
+
+
 def test_meta_tensors_have_the_right_shapes():
     q, k = Q.to("meta"), K.to("meta")
     y, lse = fused_attention(q.transpose(1, 2), k, None, v_head_size=4, layout=1, return_lse=True)
@@ -136,14 +193,15 @@ def test_meta_tensors_have_the_right_shapes():
     assert lse.shape == (2, 4, 3)
 
 
-MASK = torch.ones(2, 1, 3, 5, dtype=torch.bool)
-
 REFUSED = {
     "rank": (lambda: fused_attention(Q[0], K, K), "q has rank 3; it must have 4"),
     "dtype": (
         lambda: fused_attention(Q, K.float(), K),
         "k is torch.float32 and q is torch.float64",
     ),
+    "rank of k": (lambda: fused_attention(Q, K[0], K), "k has rank 3; it must have 4"),
+    "rank of v": (lambda: fused_attention(Q, K, K[0]), "v has rank 3; it must have 4"),
+    "dtype of v": (lambda: fused_attention(Q, K, K.half()), "v is torch.float16 and q is"),
     "integers": (lambda: fused_attention(Q.int(), K.int(), K.int()), "q is torch.int32"),
     "head size": (lambda: fused_attention(Q, K[..., :4], K), "k is (2, 2, 5, 4)"),
     "batch": (lambda: fused_attention(Q, K[:1], K[:1]), "k is (1, 2, 5, 8)"),
@@ -151,6 +209,7 @@ REFUSED = {
         lambda: fused_attention(Q, normal(2, 3, 5, 8), normal(2, 3, 5, 8)),
         "H=4 query heads",
     ),
+    "no heads": (lambda: fused_attention(Q, K[:, :0], K[:, :0]), "not a multiple of Hkv=0"),
     "values": (lambda: fused_attention(Q, K, K[:, :, :4]), "v is (2, 2, 4, 8)"),
     "no values": (lambda: fused_attention(Q, K), "v is None, so v_head_size must say"),
     "two values": (lambda: fused_attention(Q, K, K, v_head_size=4), "v_head_size=4 although v is"),
@@ -158,6 +217,14 @@ REFUSED = {
     "mask rank": (lambda: fused_attention(Q, K, K, MASK[0]), "attn_mask is (1, 3, 5)"),
     "mask shape": (lambda: fused_attention(Q, K, K, MASK[..., :4]), "attn_mask is (2, 1, 3, 4)"),
     "mask dtype": (lambda: fused_attention(Q, K, K, MASK.int()), "attn_mask is torch.int32"),
+    "mask too exact": (
+        lambda: fused_attention(Q.half(), K.half(), K.half(), MASK.double()),
+        "attn_mask is torch.float64; it must be bool, torch.float16 or torch.float32",
+    ),
+    "mask of other layout": (
+        lambda: fused_attention(Q.transpose(1, 2), K, K, MASK.transpose(1, 2), layout=1),
+        "that of (B, H, S, T) = (2, 4, 3, 5)",
+    ),
     "lengths dtype": (
         lambda: fused_attention(Q, K, K, None, lengths(1, 2).long()),
         "kv_lengths is torch.int64 (2,); it must be int32 (B=2,)",
@@ -174,6 +241,10 @@ REFUSED = {
         lambda: fused_attention(Q, K, K, softmax_precision=10),
         "softmax_precision=10 (FLOAT16) with torch.float64 inputs",
     ),
+    "unknown layout": (lambda: fused_attention(Q, K, K, layout=2), "layout=2 is neither 0"),
+    "window": (lambda: fused_attention(Q, K, K, window_left=-2), "window_left=-2"),
+    "softcap": (lambda: fused_attention(Q, K, K, softcap=-1.0), "softcap=-1.0 is neither"),
+    "scale": (lambda: fused_attention(Q, K, K, scale=float("inf")), "scale=inf is not finite"),
     "both causal": (lambda: fused_attention(Q, K, K, is_causal=True, window_right=1), "give one"),
 }
 
@@ -184,3 +255,8 @@ def test_refused_arguments_are_named(name):
     with pytest.raises(ConfigError) as error:
         call()
     assert message in str(error.value)
+
+
+def test_shapes_are_refused_while_tracing_too():
+    with pytest.raises(ConfigError, match="k is "):
+        fused_attention(Q.to("meta"), K[..., :4].to("meta"), K.to("meta"))
