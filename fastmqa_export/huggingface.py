@@ -355,6 +355,13 @@ def check_attention(model: PreTrainedModel) -> tuple[CacheLayer, ...]:
         with torch.no_grad(), implementation(model, IMPLEMENTATION), _running(run):
             result = model(input_ids=tokens)
         ours = dict(own)
+    except ExportError:
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"{type(model).__name__} cannot be run on tokens alone ({type(error).__name__}: "
+            f"{error}); export handles text models"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -381,6 +388,12 @@ def check_attention(model: PreTrainedModel) -> tuple[CacheLayer, ...]:
     cache = getattr(result, "past_key_values", None)
     if cache is None:
         return ()
+    for index, layer in enumerate(cache.layers):
+        if getattr(layer, "keys", None) is None:
+            raise ExportError(
+                f"layer {index} of {type(model).__name__} caches something else than keys and "
+                f"values ({type(layer).__name__}); export handles models of attention alone"
+            )
     # A latent and its rotary key share one buffer, so that the op finds its keys ready.
     on_latents = any(absorbed.can_absorb(module) for module in names)
     return tuple(
@@ -515,6 +528,7 @@ def exportable(
         source: name of the model for the metadata.
     """
     metadata = {"source": source, "cache": cache, "architecture": type(model).__name__}
+    attentions = len(attention_modules(model))
     if cache == "none":
         tokens = ("batch", "sequence")
         return Exportable(
@@ -525,6 +539,7 @@ def exportable(
             ),
             ("logits" if is_decoder(model) else "last_hidden_state",),
             metadata,
+            attentions=attentions,
         )
     if not layers:
         raise ExportError(f"{type(model).__name__} has no KV cache; export it with --cache none")
@@ -540,8 +555,14 @@ def exportable(
             shape = ("batch", layer.kv_heads, "capacity", size)
             inputs.append(TensorSpec(f"past_key_values.{index}.{name}", model.dtype, shape))
             outputs.append(f"present.{index}.{name}")
-    module = _WithCache(model, layers)
-    return Exportable(module, tuple(inputs), tuple(outputs), metadata, first_list=2)
+    return Exportable(
+        _WithCache(model, layers),
+        tuple(inputs),
+        tuple(outputs),
+        metadata,
+        first_list=2,
+        attentions=attentions,
+    )
 
 
 # The source

@@ -78,6 +78,7 @@ class Exportable:
         outputs: names of the graph outputs.
         metadata: written to the file under ``fastmqa.<key>``.
         first_list: index of the first input that belongs to the list; None: there is no list.
+        attentions: how many nodes there must be; None: at least one.
     """
 
     module: torch.nn.Module
@@ -85,6 +86,7 @@ class Exportable:
     outputs: tuple[str, ...]
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
     first_list: int | None = None
+    attentions: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +132,11 @@ def to_onnx(exportable: Exportable) -> ir.Model:
         raise ExportError(
             f"{type(exportable.module).__name__} was traced, but none of its attentions became a "
             f"{OP_NAME} node; use fastmqa_export's modules or torch.ops.fastmqa.fused_attention"
+        )
+    if exportable.attentions not in (None, len(nodes)):
+        raise ExportError(
+            f"only {len(nodes)} of {exportable.attentions} attentions became {OP_NAME} nodes when "
+            f"{type(exportable.module).__name__} was traced: its forward takes another path then"
         )
     _fuse_norms_and_rotations(model)
     opset = model.graph.opset_imports[""]

@@ -129,6 +129,27 @@ def test_an_encoder_decoder_is_refused():
         HuggingFaceSource.from_model(model, "t5")
 
 
+def test_a_layer_without_keys_and_values_is_refused():
+    values = {
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+        "layer_types": ["conv", "full_attention"],
+    }
+    with pytest.raises(ExportError, match=r"layer 0 of Lfm2ForCausalLM caches something else"):
+        HuggingFaceSource.from_model(make("Lfm2Config", values), "lfm2")
+
+
+def test_a_model_that_needs_more_than_tokens_is_refused():
+    class Picture(torch.nn.Module):
+        def forward(self, *_, **__):
+            raise ValueError("you must give pixel_values")
+
+    model = decoder("llama")
+    model.model.embed_tokens = Picture()
+    with pytest.raises(ExportError, match=r"on tokens alone \(ValueError: you must give pixel"):
+        HuggingFaceSource.from_model(model, "picture")
+
+
 def test_an_attention_that_gives_other_numbers_is_refused():
     model = decoder("llama")
     attention = model.model.layers[1].self_attn

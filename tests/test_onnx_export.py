@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What an exported file holds, that it is reproducible, and that nothing is half-written."""
 
+import dataclasses
 import errno
 import hashlib
 import os
@@ -197,6 +198,12 @@ class AttentionWithLse(torch.nn.Module):
 def test_a_module_without_attention_is_refused():
     with pytest.raises(ExportError, match="none of its attentions became a FusedAttention node"):
         onnx_export.to_onnx(exportable(WithoutAttention()))
+
+
+def test_a_module_of_which_only_some_attentions_are_traced_is_refused():
+    two = dataclasses.replace(exportable(Attention()), attentions=2)
+    with pytest.raises(ExportError, match="only 1 of 2 attentions became FusedAttention nodes"):
+        onnx_export.to_onnx(two)
 
 
 def test_a_forward_that_depends_on_values_is_refused_in_few_words():
