@@ -100,7 +100,9 @@ class OnnxModel:
             )
         self.input_name = next(x for x in inputs if x not in self._past and x != "position")
         self.input_type = _NUMPY[inputs[self.input_name].type]
-        self.output_name = session.get_outputs()[0].name
+        output = session.get_outputs()[0]
+        self.output_name = output.name
+        self._output_type, self._output_columns = _NUMPY[output.type], output.shape[2:]
         self.reset(1)
 
     def reset(self, batch: int, capacity: int = 1) -> None:
@@ -124,9 +126,12 @@ class OnnxModel:
             self._grow(next_power_of_two(needed))
         self._binding.bind_cpu_input(self.input_name, np.ascontiguousarray(x, self.input_type))
         self._binding.bind_cpu_input("position", self.position)
-        self._binding.bind_output(self.output_name)
+        shape = [*x.shape[:2], *self._output_columns]
+        if self._output is None or self._output.shape() != shape:
+            self._output = self._allocate(np.zeros(shape, self._output_type))
+            self._binding.bind_ortvalue_output(self.output_name, self._output)
         self.session.run_with_iobinding(self._binding)
-        result: NDArray[Any] = self._binding.get_outputs()[-1].numpy()
+        result: NDArray[Any] = self._output.numpy()
         return result
 
     def advance(self, counts: Sequence[int] | NDArray[Any] | int) -> None:
@@ -147,16 +152,21 @@ class OnnxModel:
         """Where that buffer lies: the same as long as it is neither grown nor reset."""
         return int(self._buffers[name].data_ptr())
 
-    def _grow(self, capacity: int) -> None:
+    @staticmethod
+    def _allocate(array: NDArray[Any]) -> Any:
         import onnxruntime
 
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+    def _grow(self, capacity: int) -> None:
         batch = len(self.position)
         for name, x in self._past.items():
             new = np.zeros((batch, x.shape[1], capacity, x.shape[3]), _NUMPY[x.type])
             if name in self._buffers:
                 new[:, :, : self.capacity] = self._buffers[name].numpy()
-            self._buffers[name] = onnxruntime.OrtValue.ortvalue_from_numpy(new)
+            self._buffers[name] = self._allocate(new)
         self.capacity = capacity
+        self._output = None
         # Past and present bound to one buffer: the write is in place.
         self._binding = self.session.io_binding()
         for name, buffer in self._buffers.items():
