@@ -103,6 +103,8 @@ class OnnxModel:
         output = session.get_outputs()[0]
         self.output_name = output.name
         self._output_type, self._output_columns = _NUMPY[output.type], output.shape[2:]
+        self._binding: Any = None
+        self._output: Any = None
         self.reset(1)
 
     def reset(self, batch: int, capacity: int = 1) -> None:
@@ -131,8 +133,8 @@ class OnnxModel:
             self._output = self._allocate(np.zeros(shape, self._output_type))
             self._binding.bind_ortvalue_output(self.output_name, self._output)
         self.session.run_with_iobinding(self._binding)
-        result: NDArray[Any] = self._output.numpy()
-        return result
+        result: NDArray[Any] = self._output.numpy()  # the buffer itself, which the next step reuses
+        return result.copy()
 
     def advance(self, counts: Sequence[int] | NDArray[Any] | int) -> None:
         """Keep that many of the last step's tokens of each sequence; the rest was padding."""
@@ -146,7 +148,7 @@ class OnnxModel:
     def cache(self, name: str) -> NDArray[Any]:
         """The buffer behind an input ``past_key_values.*``, (B, Hkv, T, ·); a copy."""
         array: NDArray[Any] = self._buffers[name].numpy()
-        return array
+        return array.copy()
 
     def buffer_address(self, name: str) -> int:
         """Where that buffer lies: the same as long as it is neither grown nor reset."""
