@@ -261,9 +261,10 @@ class _Body(ir.tape.Tape):
         some, every = self._uses("softcap", 0.0)
         if not some:
             return scores
-        cap = self.attribute("softcap")
-        is_on = self.do("Greater", cap, self.float_(0.0))
-        divisor = cap if every else self.do("Where", is_on, cap, self.float_(1.0))
+        cap = divisor = self.attribute("softcap")
+        if not every:
+            is_on = self.do("Greater", cap, self.float_(0.0))
+            divisor = self.do("Where", is_on, cap, self.float_(1.0))
         capped = self.do("Mul", self.do("Tanh", self.do("Div", scores, divisor)), divisor)
         return capped if every else self.do("Where", is_on, capped, scores)
 

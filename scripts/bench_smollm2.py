@@ -227,7 +227,7 @@ def time_steps(files: dict[str, Path], threads: int, repetitions: int) -> list[s
 def main() -> None:
     """Run everything, or one export when called by itself."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--repetitions", type=int, default=30)
     parser.add_argument("--opsets", nargs="+", default=["default", "23"])
     parser.add_argument("--export", help=argparse.SUPPRESS)

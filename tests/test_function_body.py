@@ -280,13 +280,7 @@ EXPECTED_OPS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(name == "softcap", reason="an unused Greater"))
-        for name in EXPECTED_OPS
-    ],
-)
+@pytest.mark.parametrize("name", EXPECTED_OPS)
 def test_an_unused_feature_leaves_no_trace(name):
     values, expected = EXPECTED_OPS[name]
     assert ops_of(**values) == expected
