@@ -9,7 +9,8 @@ Contenders, all in one process, in a new random order each repetition:
 * torch's scaled dot-product attention with ``enable_gqa``, and on packed heads.
 
 Batch and keys are dynamic in all files, inputs and outputs of onnxruntime are bound once, and each
-timed call follows an untimed one of its own. Every result is checked against the float64 oracle
+timed call follows an untimed one of its own. Times count only where no other process used more
+than a tenth of a core. Every result is checked against the float64 oracle
 first. Rounds make all sessions anew, because where buffers come to lie in memory matters.
 
 Prints Markdown: median milliseconds with p10–p90, the ratio (median over repetitions) of the best
@@ -212,18 +213,42 @@ def check(case: Case, dtype: torch.dtype, made: dict[str, Contender]) -> None:
             raise SystemExit(f"{case.name}: {name} is wrong by {error}")
 
 
-def measure(made: dict[str, Contender], seconds: float) -> dict[str, list[float]]:
-    """Interleaved times in milliseconds."""
-    times: dict[str, list[float]] = {name: [] for name in made}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 8:
-        for name in random.sample(list(made), len(made)):
-            step = made[name].step
-            step()
-            start = time.perf_counter()
-            step()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return times
+def others_cpu_seconds() -> float:
+    """CPU time on this machine of everyone but this process, and what its host took away."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    user, nice, system, _, _, irq, softirq, steal = map(int, stat.read_text().split()[1:9])
+    ticks = user + nice + system + irq + softirq + steal
+    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
+def measure(made: dict[str, Contender], seconds: float) -> tuple[dict[str, list[float]], bool]:
+    """Interleaved times in milliseconds, and whether the machine did nothing else meanwhile.
+
+    Spells in which it did do not count. If 10 × ``seconds`` pass without enough quiet ones, all do.
+    """
+    quiet: dict[str, list[float]] = {name: [] for name in made}
+    every: dict[str, list[float]] = {name: [] for name in made}
+    begin, quiet_seconds = time.perf_counter(), 0.0
+    while quiet_seconds < seconds and time.perf_counter() < begin + 10 * seconds:
+        spell: dict[str, list[float]] = {name: [] for name in made}
+        others, start = others_cpu_seconds(), time.perf_counter()
+        while time.perf_counter() < start + 0.3:
+            for name in random.sample(list(made), len(made)):
+                step = made[name].step
+                step()
+                before = time.perf_counter()
+                step()
+                spell[name].append((time.perf_counter() - before) * 1e3)
+        wall = time.perf_counter() - start
+        was_quiet = others_cpu_seconds() - others < 0.1 * wall
+        quiet_seconds += wall * was_quiet
+        for name, times in spell.items():
+            every[name] += times
+            quiet[name] += times * was_quiet
+    is_quiet = quiet_seconds >= seconds
+    return (quiet if is_quiet else every), is_quiet
 
 
 def matmul_gflops(threads: int) -> float:
@@ -237,11 +262,13 @@ def matmul_gflops(threads: int) -> float:
     runner = session(helper.make_model(graph, opset_imports=opsets, ir_version=10), threads)
     a = np.random.default_rng(0).standard_normal((n, n), np.float32)
     contender = bound(runner, {"a": a, "b": a}, (n, n))
-    milliseconds = measure({"matmul": contender}, 1.0)["matmul"]
-    return 2 * n**3 / min(milliseconds) / 1e6
+    times, _ = measure({"matmul": contender}, 1.0)
+    return 2 * n**3 / min(times["matmul"]) / 1e6
 
 
-def row(case: Case, times: dict[str, list[float]], header: list[str]) -> tuple[str, list[float]]:
+def row(
+    label: str, times: dict[str, list[float]], header: list[str], work: int
+) -> tuple[str, list[float]]:
     """One line of the table, and the two ratios."""
     cells = []
     for name in header:
@@ -251,9 +278,9 @@ def row(case: Case, times: dict[str, list[float]], header: list[str]) -> tuple[s
             cells[-1] = f"{p50:.2f} ({p10:.2f}–{p90:.2f})"
     best = np.min([times[name] for name in RIVALS if name in times], axis=0)
     ratios = [float(np.median(best / times[name])) for name in TARGETS]
-    gflops = flops(case) / float(np.median(times["body, specialised"])) / 1e6
+    gflops = work / float(np.median(times["body, specialised"])) / 1e6
     cells += [f"{ratios[0]:.2f}", f"{ratios[1]:.2f}", f"{gflops:.0f}"]
-    return f"| {case.name} | {' | '.join(cells)} |", ratios
+    return f"| {label} | {' | '.join(cells)} |", ratios
 
 
 def table(dtype: torch.dtype, threads: int, seconds: float, rounds: int) -> dict[str, Any]:
@@ -267,17 +294,20 @@ def table(dtype: torch.dtype, threads: int, seconds: float, rounds: int) -> dict
     met: dict[str, list[str]] = {name: [] for name in TARGETS}
     for case in CASES:
         times: dict[str, list[float]] = {}
+        all_quiet = True
         for _ in range(rounds):
             made = contenders(case, dtype, threads)
             check(case, dtype, made)
-            for name, found in measure(made, seconds / rounds).items():
-                times.setdefault(name, []).extend(found)
+            found, is_quiet = measure(made, seconds / rounds)
+            all_quiet &= is_quiet
+            for name, milliseconds in found.items():
+                times.setdefault(name, []).extend(milliseconds)
         everything[case.name] = times
         if not header:
             header = list(times)
             print(f"| decode | {' | '.join(header)} | specialised × | live × | GFLOP/s |")
             print("|---" * (len(header) + 4) + "|")
-        line, ratios = row(case, times, header)
+        line, ratios = row(case.name + " (busy)" * (not all_quiet), times, header, flops(case))
         print(line, flush=True)
         for (name, target), ratio in zip(TARGETS.items(), ratios, strict=True):
             if case.name.startswith("MQA"):
