@@ -59,7 +59,7 @@ def examine() -> list[Check]:
     for name, look, required in checks:
         try:
             check = look()
-        except Exception as error:  # a broken package is a finding, not a crash
+        except (Exception, SystemExit) as error:  # a broken package is a finding, not a crash
             check = Check(name, "missing", f"{type(error).__name__}: {error}", "reinstall it")
         found.append(dataclasses.replace(check, required=required))
     return found
@@ -95,7 +95,8 @@ def _package(name: str, extra: str = "") -> Callable[[], Check]:
         # Some print on import; a check is no place for that.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             module: Any = importlib.import_module(name)
-        return Check(name, "ok", str(getattr(module, "__version__", "installed")))
+        version = getattr(module, "__version__", None) or importlib.metadata.version(name)
+        return Check(name, "ok", str(version))
 
     return look
 

@@ -22,7 +22,10 @@ _ADVICE = {
     errno.ENOTDIR: "a part of the path is a file, not a folder; choose another place",
     errno.EEXIST: "a file of that name is in the way of a folder; choose another place",
     errno.EISDIR: "a folder of that name is in the way; choose another name",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
 }
+#: numpy reports a write that the disk cut short so, without an error number.
+_SHORT_WRITE = "requested and"
 
 
 def check_writable_folder(folder: Path) -> None:
@@ -37,14 +40,19 @@ def check_writable_folder(folder: Path) -> None:
             pass
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all.
+def write_text(path: Path, text: str, errors: str = "strict") -> None:
+    """Write a UTF-8 file as a whole or not at all.
+
+    Args:
+        path: in an existing folder.
+        text: what it holds.
+        errors: what becomes of a lone surrogate, as in `str.encode`.
 
     Raises:
         OutputError: if it cannot be written; what was there before is untouched.
     """
     with staged_folder(path.parent, [path.name]) as folder, (folder / path.name).open("wb") as file:
-        file.write(text.encode("utf-8"))
+        file.write(text.encode("utf-8", errors))
         file.flush()
         os.fsync(file.fileno())
 
@@ -59,16 +67,45 @@ def staged_folder(target: Path, names: Sequence[str]) -> Iterator[Path]:
             in which they are moved: a file before the one that refers to it.
 
     Raises:
-        OutputError: if something cannot be written; what was there before is untouched.
+        OutputError: if something cannot be written, or a name is taken by something that is no
+            file; what was there before is untouched.
     """
+    for name in names:
+        _check_replaceable(target / name)
     with _explained(target):
         staging = Path(tempfile.mkdtemp(prefix=".fastmqa-", dir=target))
         try:
             yield staging
-            for name in names:
-                (staging / name).replace(target / name)
+            _move(names, staging, target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuse a folder, and above all a device: root's rename would replace even /dev/null."""
+    with _explained(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder")
+        if path.exists() and not path.is_file():
+            raise OutputError(f"cannot write to {path}: it is no regular file; choose another name")
+
+
+def _move(names: Sequence[str], staging: Path, target: Path) -> None:
+    """Move all files into place, or put back what was there.
+
+    What is there is first set aside, last name first: at no time does an old file stand beside the
+    new one that it refers to.
+    """
+    aside = Path(tempfile.mkdtemp(dir=staging))
+    with contextlib.ExitStack() as undo:
+        for name in reversed(names):
+            if os.path.lexists(target / name):
+                (target / name).replace(aside / name)
+                undo.callback((aside / name).replace, target / name)
+        for name in names:
+            (staging / name).replace(target / name)
+            undo.callback((target / name).unlink)
+        undo.pop_all()
 
 
 @contextlib.contextmanager
@@ -76,5 +113,7 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = _ADVICE.get(error.errno or 0, str(error))
+        cut_short = error.errno is None and _SHORT_WRITE in str(error)
+        number = errno.ENOSPC if cut_short else error.errno
+        reason = _ADVICE.get(number or 0, str(error))
         raise OutputError(f"cannot write to {path}: {reason}") from error

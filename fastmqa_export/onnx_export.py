@@ -9,11 +9,12 @@ no time, path or host is written.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -225,19 +226,17 @@ def _export_error(error: BaseException) -> FastMqaError:
     )
 
 
-class _quiet:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """Keeps the exporter's own progress and deprecation chatter from the user."""
-
-    def __enter__(self) -> None:
-        self._warnings = warnings.catch_warnings()
-        self._warnings.__enter__()
+    disabled = logging.root.manager.disable
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        self._disabled = logging.root.manager.disable
         logging.disable(logging.WARNING)
-
-    def __exit__(self, *exception: object) -> None:
-        logging.disable(self._disabled)
-        self._warnings.__exit__(*exception)  # type: ignore[arg-type]
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
 
 
 # From the torch ops to nodes

@@ -27,6 +27,7 @@ from fastmqa_export.compare import (
     compare,
 )
 from fastmqa_export.files import check_writable_folder
+from fastmqa_export.inspect import describe_value, load_model
 from fastmqa_export.onnx_export import ExportedFile, export
 from fastmqa_export.progress import Progress
 from fastmqa_export.report import write_report
@@ -126,18 +127,7 @@ def run(
 
 def describe_file(exported: ExportedFile, cache: str) -> dict[str, Any]:
     """What was written, for the report."""
-    model = onnx.load(exported.path, load_external_data=False)
-
-    def tensors(values: Any) -> list[dict[str, Any]]:
-        return [
-            {
-                "name": value.name,
-                "dtype": onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower(),
-                "shape": [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim],
-            }
-            for value in values
-        ]
-
+    model = load_model(exported.path)
     return {
         "file": exported.path.name,
         "bytes": exported.path.stat().st_size,
@@ -146,14 +136,14 @@ def describe_file(exported: ExportedFile, cache: str) -> dict[str, Any]:
         "ir_version": model.ir_version,
         "cache": cache,
         "fused_nodes": exported.fused_nodes,
-        "inputs": tensors(model.graph.input),
-        "outputs": tensors(model.graph.output),
+        "inputs": [describe_value(value) for value in model.graph.input],
+        "outputs": [describe_value(value) for value in model.graph.output],
     }
 
 
 def count_ops(path: Path) -> dict[str, dict[str, int]]:
     """Ops of the graph with each attention written out, and with each as one node."""
-    model = onnx.load(path, load_external_data=False)
+    model = load_model(path)
 
     def count(m: onnx.ModelProto) -> dict[str, int]:
         return dict(collections.Counter(n.op_type for n in m.graph.node).most_common())

@@ -44,8 +44,10 @@ def write_report(result: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
         OutputError: if they cannot be written.
     """
     data, page = folder / "report.json", folder / "report.html"
-    write_text(data, json.dumps(finite(result), indent=2, ensure_ascii=False) + "\n")
-    write_text(page, render(result))
+    text = json.dumps(finite(result), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    # A lone surrogate, from bytes that are no text, becomes an escape that both formats know.
+    write_text(data, text, errors="backslashreplace")
+    write_text(page, render(result), errors="xmlcharrefreplace")
     return data, page
 
 
@@ -78,11 +80,12 @@ def summary(result: Mapping[str, Any]) -> str:
             f"mean KL {scientific(language['kl_mean'])} nats"
         )
         for prompt in language["prompts"]:
-            lines += ["", f"> {prompt['prompt'].rstrip()}", prompt["onnxruntime"].strip()]
+            text, ours = (printable(prompt[key]) for key in ("prompt", "onnxruntime"))
+            lines += ["", f"> {text.rstrip()}", ours.strip()]
             if prompt["identical"]:
                 lines.append(f"({prompt['tokens']} tokens, the same as PyTorch's)")
             else:
-                lines.append(f"DIFFERS from PyTorch: {prompt['pytorch'].strip()}")
+                lines.append(f"DIFFERS from PyTorch: {printable(prompt['pytorch']).strip()}")
     verdict = result["verdict"]
     lines += ["", "verdict: PASS" if verdict["passed"] else "verdict: FAIL"]
     lines += [f"  {reason}" for reason in verdict["reasons"]]
@@ -98,6 +101,11 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(x) for x in value]
     return value
+
+
+def printable(text: str) -> str:
+    """The text with control characters as escapes: a model may write what a terminal obeys."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def human_bytes(count: float) -> str:
@@ -121,18 +129,20 @@ def percent(x: float) -> str:
 
 def _histogram(series: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Points of an overlaid step plot: share of values per bin of log10 |error|."""
-    total = max((sum(s["counts"]) for s in series), default=0)
-    if not total:
-        return None
-    edges = series[0]["edges"]
-    used = [
-        i
-        for i in range(len(edges) - 1)
-        if any(s["counts"][i] > _SHOWN_SHARE * sum(s["counts"]) for s in series)
+    shares = [
+        (s, [count / sum(s["counts"]) for count in s["counts"]]) for s in series if any(s["counts"])
     ]
-    first, last = used[0], used[-1] + 1
-    low, high = math.floor(edges[first]), math.ceil(edges[last])
-    peak = max(count / sum(s["counts"]) for s in series for count in s["counts"])
+    if not shares:
+        return None
+    bins = [
+        (s["edges"][i], s["edges"][i + 1])
+        for s, share in shares
+        for i in range(len(share))
+        if share[i] > _SHOWN_SHARE
+    ]
+    first, last = min(edge for edge, _ in bins), max(edge for _, edge in bins)
+    low, high = math.floor(first), math.ceil(last)
+    peak = max(max(share) for _, share in shares)
 
     def x(edge: float) -> str:
         return f"{_PLOT_WIDTH * (edge - low) / (high - low):.1f}"
@@ -141,16 +151,17 @@ def _histogram(series: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         return f"{_PLOT_HEIGHT * (1 - share / peak):.1f}"
 
     lines = []
-    for s in series:
-        points = [(x(edges[first]), y(0))]
-        for i in range(first, last):
-            share = s["counts"][i] / sum(s["counts"])
-            points += [(x(edges[i]), y(share)), (x(edges[i + 1]), y(share))]
-        points.append((x(edges[last]), y(0)))
+    for s, share in shares:
+        shown = [i for i in range(len(share)) if first <= s["edges"][i] < last]
+        points = [(x(s["edges"][shown[0]]), y(0))]
+        for i in shown:
+            points += [(x(s["edges"][i]), y(share[i])), (x(s["edges"][i + 1]), y(share[i]))]
+        points.append((points[-1][0], y(0)))
         lines.append({"label": s["label"], "points": " ".join(f"{a},{b}" for a, b in points)})
     return {
         "width": _PLOT_WIDTH,
         "height": _PLOT_HEIGHT,
         "lines": lines,
         "ticks": [{"x": x(edge), "label": f"1e{edge}"} for edge in range(low, high + 1)],
+        "levels": [{"y": y(s), "label": percent(s)} for s in (0, peak / 2, peak)],
     }

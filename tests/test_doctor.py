@@ -88,14 +88,19 @@ def test_transformers_must_be_the_release_that_is_hooked(installed, version, sta
     assert check("transformers").status == status
 
 
-def test_a_package_that_breaks_on_import_is_a_finding(monkeypatch):
+@pytest.mark.parametrize("error", [OSError, SystemExit])
+def test_a_package_that_breaks_on_import_is_a_finding(error, monkeypatch):
     def broken(name):
-        raise OSError("libfoo.so: cannot open shared object file")
+        raise error("libfoo.so: cannot open shared object file")
 
     monkeypatch.setattr(importlib, "import_module", broken)
     found = check("onnxscript")
     assert found.status == "missing"
     assert "libfoo.so" in found.detail
+
+
+def test_a_package_that_does_not_say_its_version():
+    assert check("gguf").detail == importlib.metadata.version("gguf")
 
 
 def test_optional_packages_do_not_fail_the_whole(monkeypatch):

@@ -2,8 +2,10 @@
 """Results are written as a whole or not at all."""
 
 import errno
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fastmqa_export.errors import OutputError
@@ -40,6 +42,49 @@ def test_other_errors_pass_through_and_leave_nothing(tmp_path):
         (folder / "a").write_text("new")
         raise KeyError
     assert not list(tmp_path.iterdir())
+
+
+def test_a_move_that_fails_puts_back_what_was_there(tmp_path):
+    (tmp_path / "data").write_text("old")
+    (tmp_path / "model").write_text("old")
+    with (
+        pytest.raises(OutputError, match="cannot write to"),
+        staged_folder(tmp_path, ["data", "new", "model"]) as folder,
+    ):
+        (folder / "data").write_text("new")
+        (folder / "new").write_text("new")  # and no model: its move is the one that fails
+    assert {x.name: x.read_text() for x in tmp_path.iterdir()} == {"data": "old", "model": "old"}
+
+
+def test_a_folder_in_the_way_is_found_before_anything_is_written(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    with pytest.raises(OutputError, match="a folder of that name is in the way"):
+        write_text(tmp_path / "a", "x")
+    assert [x.name for x in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    """As root, a rename would replace a device: /dev/null would be gone for everyone."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError, match="no regular file; choose another name"):
+        write_text(tmp_path / "pipe", "x")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_weights_that_a_full_disk_cuts_short(tmp_path):
+    """numpy, which writes the weights, gives no error number then."""
+    with (
+        pytest.raises(OutputError, match="the disk is full"),
+        staged_folder(tmp_path, []),
+        Path("/dev/full").open("wb") as file,
+    ):
+        np.zeros(100_000).tofile(file)
+
+
+def test_a_name_too_long(tmp_path):
+    with pytest.raises(OutputError, match="the name is too long; choose a shorter one"):
+        write_text(tmp_path / ("a" * 300), "x")
 
 
 def test_a_folder_below_a_file_cannot_be_made(tmp_path):

@@ -21,6 +21,9 @@ def test_a_file_of_ours():
     (node,) = info["fused_attention"]
     assert node["live"] == ["lengths"]
     assert node["attributes"]["window_left"] == 2
+    assert node["shapes"]["k"] == ["k0", "k1", "k2", "k3"]
+    assert info["functions"] == ["fastmqa::FusedAttention"]
+    assert (info["inline_bytes"], info["external_bytes"]) == (1 + 4, 0)  # neutral mask and q_start
     assert float_type(KEPT) == "float32"
     text = describe(info)
     assert "fastmqa::FusedAttention: 1 nodes, with a function body" in text
@@ -53,7 +56,47 @@ def fewer_inputs(model, node):
     del node.input[5:]
 
 
+def empty_input(model, node):
+    node.input[3] = ""
+
+
+def newer_op(model, node):
+    next(entry for entry in model.opset_import if entry.domain == "fastmqa").version = 2
+
+
+def attribute(node, name):
+    return next(a for a in node.attribute if a.name == name)
+
+
+def refused_value(model, node):
+    attribute(node, "softcap").f = -1
+
+
+def other_type(model, node):
+    attribute(node, "features").CopyFrom(helper.make_attribute("features", b"\xff"))
+
+
+def unknown_attribute(model, node):
+    node.attribute.append(helper.make_attribute("sinks", [1.0]))
+
+
+def no_scale(model, node):
+    node.attribute.remove(attribute(node, "scale"))
+
+
+def odd_head_size(model, node):
+    for value in model.graph.input[1:3]:
+        value.type.tensor_type.shape.dim[3].dim_value = 20
+
+
 PROBLEMS = {
+    empty_input: "left out: attn_mask",
+    newer_op: "version 2 of domain fastmqa; this version knows 1",
+    refused_value: "softcap=-1.0 is neither 0 (off) nor a positive",
+    other_type: "attributes of another type than the op's: features",
+    unknown_attribute: "unknown attributes: sinks",
+    no_scale: "the attribute scale is missing",
+    odd_head_size: "head sizes D=20, V=20 are not covered",
     newer_feature: "unknown feature bits 0x40: made by a later version",
     no_function: "no function body",
     no_namespace: "plugin_namespace is not 'fastmqa'",
@@ -81,7 +124,12 @@ def test_a_file_without_attention_can_be_inspected_but_not_compared(tmp_path):
         float_type(tmp_path / "m.onnx")
 
 
-def test_a_missing_weights_file_is_a_problem(tmp_path):
+def test_the_suffix_does_not_matter(tmp_path):
+    (tmp_path / "m.json").write_bytes(KEPT.read_bytes())
+    assert inspect_file(tmp_path / "m.json")["has_function"]
+
+
+def test_a_missing_or_short_weights_file_is_a_problem(tmp_path):
     model = plain_model()
     tensor = model.graph.initializer.add(name="w", data_type=TensorProto.FLOAT, dims=[4])
     tensor.data_location = TensorProto.EXTERNAL
@@ -89,7 +137,13 @@ def test_a_missing_weights_file_is_a_problem(tmp_path):
     onnx.save(model, tmp_path / "m.onnx")
     info = inspect_file(tmp_path / "m.onnx")
     assert info["weights_files"] == ["m.onnx.data"]
+    assert info["external_bytes"] == 16
     assert info["problems"] == ["weights file m.onnx.data is missing beside the model"]
+    (tmp_path / "m.onnx.data").write_bytes(bytes(15))
+    problems = inspect_file(tmp_path / "m.onnx")["problems"]
+    assert problems == ["weights file m.onnx.data is cut short: 15 bytes of 16"]
+    (tmp_path / "m.onnx.data").write_bytes(bytes(16))
+    assert inspect_file(tmp_path / "m.onnx")["problems"] == []
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,75 @@ def test_the_summary_says_what_matters():
     assert "DIFFERS from PyTorch: yes" in text
 
 
+def test_the_plot_has_axes_and_a_description():
+    page = render(RESULT)
+    for text in (
+        'role="img"',
+        "<title id=",
+        "<desc id=",
+        "75.0 %",
+        "1e-7",
+        "absolute error against",
+    ):
+        assert text in page, text
+
+
+HISTOGRAMS = {
+    "no values in one": [
+        {"edges": [-8.0, -7.0], "counts": [0]},
+        {"edges": [-8.0, -7.0], "counts": [3]},
+    ],
+    "edges of their own": [
+        {"edges": [-8.0, -7.0], "counts": [4]},
+        {"edges": [-7.5, -7.0, -6.0], "counts": [1, 1]},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "points"),
+    [
+        ("no values in one", ["0.0,200.0 0.0,0.0 640.0,0.0 640.0,200.0"]),
+        (
+            "edges of their own",
+            [
+                "0.0,200.0 0.0,0.0 320.0,0.0 320.0,200.0",
+                "160.0,200.0 160.0,100.0 320.0,100.0 320.0,100.0 640.0,100.0 640.0,200.0",
+            ],
+        ),
+    ],
+)
+def test_each_histogram_is_drawn_by_its_own_edges(name, points):
+    series = [{**s, "label": str(i)} for i, s in enumerate(HISTOGRAMS[name])]
+    page = render({**RESULT, "error_distribution": series})
+    assert [line.split('"')[0] for line in page.split('points="')[1:]] == points
+
+
+def test_a_report_without_fused_nodes_or_accuracy():
+    graph = {"unfused": {"MatMul": 7}, "fused": {"MatMul": 7, "Identity": 1}}
+    page = render({**RESULT, "graph": graph, "accuracy": []})
+    Balanced(page)
+    assert "<code>Identity</code></td><td>0</td><td>1</td>" in page
+
+
+def test_texts_that_no_terminal_or_file_should_obey(tmp_path):
+    result = copy.deepcopy(RESULT)
+    result["language"]["prompts"][0] |= {"prompt": "a\udc80", "onnxruntime": "\x1b[2Jé\n日"}
+    text = summary(result)
+    assert "\\x1b[2Jé\n日" in text
+    text.encode("utf-8")
+    data, page = write_report(result, tmp_path)
+    assert json.loads(data.read_text("utf-8"))["language"] == result["language"]
+    assert "a&#56448;" in page.read_text("utf-8")
+
+
+def test_json_is_sorted(tmp_path):
+    data, _ = write_report(RESULT, tmp_path)
+    again, _ = write_report(dict(reversed(RESULT.items())), tmp_path)
+    assert data.read_bytes() == again.read_bytes()
+    assert list(json.loads(data.read_text("utf-8"))) == sorted(RESULT)
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (4 * 2**30, "4 GiB"), (2**43, "8192 GiB")],

@@ -78,7 +78,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "bloom": (
         "BloomConfig",
-        {"vocab_size": 128, "hidden_size": 64, "n_layer": 2, "n_head": 8},
+        {"hidden_size": 64, "n_layer": 2, "n_head": 8},
         r"layer transformer\.h\.0\.self_attention \(BloomAttention\) computes attention itself",
     ),
     "gpt_oss": (
@@ -102,8 +102,8 @@ def make(config_class: str, values: dict[str, Any], auto: str = "AutoModelForCau
         common = _FALCON
     elif config_class.startswith("GPT"):
         common = _GPT
-    elif config_class == "BloomConfig":
-        common = {}
+    elif config_class in ("BloomConfig", "DistilBertConfig", "MambaConfig"):
+        common = {"vocab_size": 128}
     config = getattr(transformers, config_class)(**{**common, **values})
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
