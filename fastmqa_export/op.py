@@ -188,7 +188,8 @@ def node_attributes(
 def _check_mask(mask: Tensor, full: tuple[int, ...], dtype: torch.dtype) -> None:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     if mask.dtype not in (torch.bool, dtype, wide):
-        raise ConfigError(f"attn_mask is {mask.dtype}; it must be bool, {dtype} or {wide}")
+        allowed = f"bool or {wide}" if dtype == wide else f"bool, {dtype} or {wide}"
+        raise ConfigError(f"attn_mask is {mask.dtype}; it must be {allowed}")
     if mask.dim() != 4 or any(
         have != 1 and have != want for have, want in zip(mask.shape, full, strict=True)
     ):

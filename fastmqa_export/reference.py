@@ -102,6 +102,7 @@ def attention(
     )
     weights, lse = softmax(scores, half=attributes.softmax_precision == SoftmaxPrecision.FLOAT16)
     y = _unpack(_pack(weights, k.shape[1]) @ v, q.shape[1])
+    y = y.masked_fill((lse == -torch.inf)[..., None], 0)  # even where v holds a NaN
     return (y.transpose(1, 2) if attributes.layout == Layout.BSHD else y), lse
 
 
