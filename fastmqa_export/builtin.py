@@ -184,6 +184,11 @@ def create(name: str, options: BuiltinOptions, dtype: torch.dtype) -> BuiltinSou
     """
     if options.heads < 1 or options.hidden < 1:
         raise ConfigError(f"--hidden {options.hidden} --heads {options.heads}: both must be ≥ 1")
+    if not 0 < options.compression < 1:
+        raise ConfigError(
+            f"--compression {options.compression}: it is the share of a head's columns that a "
+            "latent keeps, between 0 and 1"
+        )
     common: dict[str, Any] = {
         "head_dim": options.head_dim or None,
         "is_causal": options.causal,

@@ -98,7 +98,12 @@ _source_options = _options(
     click.option(
         "--rope-theta", type=float, default=10000.0, show_default=True, help="Built-in; 0: none."
     ),
-    click.option("--seed", type=int, default=0, help="Built-in: of the random weights."),
+    click.option(
+        "--seed",
+        type=click.IntRange(0, 2**63 - 1),
+        default=0,
+        help="Built-in: of the random weights.",
+    ),
     click.option(
         "--allow-pickle",
         is_flag=True,

@@ -242,17 +242,22 @@ def load_tokenizer(path: Path) -> Any | None:
     try:
         with _offline():
             if path.is_file():
-                return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            return transformers.AutoTokenizer.from_pretrained(path)
+                return transformers.AutoTokenizer.from_pretrained(
+                    path.parent, gguf_file=path.name, trust_remote_code=False
+                )
+            return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError, TypeError):
         return None
 
 
 def _load(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    # Said out loud, or transformers would ask on stdin whether to run code beside the weights.
+    options["trust_remote_code"] = False
     with _offline():
         try:
             config = transformers.AutoConfig.from_pretrained(
-                folder, **{k: v for k, v in options.items() if k == "gguf_file"}
+                folder,
+                **{k: v for k, v in options.items() if k in ("gguf_file", "trust_remote_code")},
             )
             kind = (
                 transformers.AutoModelForCausalLM
@@ -339,6 +344,11 @@ def check_attention(model: PreTrainedModel) -> tuple[CacheLayer, ...]:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, config.get_text_config().vocab_size, (2, 5), generator=generator)
     names = attention_modules(model)
+    if not names:
+        raise ExportError(
+            f"{type(model).__name__} has no attention layers (modules with a layer index) that "
+            "could become nodes"
+        )
 
     own: dict[torch.nn.Module, Tensor] = {}
     hooks = [

@@ -98,6 +98,10 @@ class OnnxModel:
                 "this file has no KV cache (inputs position and past_key_values.*); export it "
                 "with --cache static to run it step by step"
             )
+        outputs = {x.name for x in session.get_outputs()}
+        for name in self._past:
+            if (present := name.replace("past_key_values", "present")) not in outputs:
+                raise ModelFileError(f"this file has no output {present}; export it again")
         self.input_name = next(x for x in inputs if x not in self._past and x != "position")
         self.input_type = _NUMPY[inputs[self.input_name].type]
         output = session.get_outputs()[0]

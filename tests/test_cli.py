@@ -134,7 +134,6 @@ def test_heads_that_do_not_divide(invoke, place):
     assert "num_heads=4 is not a multiple of num_kv_heads=3" in message
 
 
-@pytest.mark.xfail(reason="ValueError of round() and of torch.manual_seed()")
 @pytest.mark.parametrize("options", [["--compression", "nan"], ["--seed", 10**20]])
 def test_numbers_beyond_reason(invoke, place, options):
     assert options[0] in invoke("export", "mla", *SMALL, *options, "-o", place, code=2).stderr

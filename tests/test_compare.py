@@ -95,7 +95,6 @@ def test_a_damaged_file_fails(change, exported, tmp_path):
     assert any("exceeds" in reason for reason in comparison.reasons)
 
 
-@pytest.mark.xfail(reason="RuntimeError of onnxruntime: Invalid output name")
 def test_a_file_that_lacks_an_output_is_refused(exported, tmp_path):
     def drop(model, _):
         del model.graph.output[-1]

@@ -80,7 +80,8 @@ def test_each_family_continues_ragged_prompts_as_transformers_does_one_by_one(ex
     _, source, path = exported
     prompts = [[3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5]]
     model = OnnxModel(create_session(path, threads=1))
-    assert generate(model, prompts, 10) == [source.generate(p, 10) for p in prompts]
+    new = generate(model, prompts, 10, stop=source.stop_tokens())
+    assert new == [source.generate(prompt, 10) for prompt in prompts]
 
 
 def test_latent_attention_without_a_cache_is_expanded(tmp_path):
@@ -158,7 +159,6 @@ def test_chunked_attention_is_refused():
         HuggingFaceSource.from_model(make("Llama4TextConfig", values), "llama4")
 
 
-@pytest.mark.xfail(reason="AttributeError: shape() asks MambaConfig for num_attention_heads")
 def test_a_model_without_attention_is_refused():
     values = {"hidden_size": 64, "num_hidden_layers": 2}
     with pytest.raises(ExportError, match="MambaForCausalLM"):
@@ -284,7 +284,6 @@ def test_no_network_is_asked(folder, monkeypatch):
     assert load(folder).tokenizer() is None
 
 
-@pytest.mark.xfail(reason="transformers asks on stdin, and a 'y' runs the code")
 def test_code_beside_the_weights_is_never_run(folder, monkeypatch):
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.Mine"}}

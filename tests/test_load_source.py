@@ -61,7 +61,7 @@ BAD_OPTIONS = {
     "heads that do not divide": ({"kv_heads": 3}, "num_kv_heads=3"),
     "hidden that does not divide": ({"hidden": 65}, "65"),
     "no heads": ({"heads": 0}, "both must be ≥ 1"),
-    "a latent as large as a head": ({"compression": 1.0}, "latent_size"),
+    "a latent as large as a head": ({"compression": 1.0}, "between 0 and 1"),
 }
 
 
