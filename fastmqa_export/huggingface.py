@@ -350,6 +350,7 @@ def check_attention(model: PreTrainedModel) -> tuple[CacheLayer, ...]:
             "could become nodes"
         )
 
+    _check_rotation(model)
     own: dict[torch.nn.Module, Tensor] = {}
     hooks = [
         module.register_forward_hook(lambda m, _, out: own.__setitem__(m, _first(out)))
@@ -412,6 +413,25 @@ def check_attention(model: PreTrainedModel) -> tuple[CacheLayer, ...]:
         else CacheLayer(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
         for layer in cache.layers
     )
+
+
+def _check_rotation(model: PreTrainedModel) -> None:
+    """Check that rotary frequencies do not depend on how long the longest sequence is.
+
+    Such a model's numbers change for all tokens, cached ones too, once a length is passed; a
+    graph, and a comparison of short sequences, would know only one side of it.
+
+    Raises:
+        ExportError: naming the module.
+    """
+    for name, module in model.named_modules():
+        kinds = getattr(module, "rope_type", None)
+        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+            if isinstance(kind, str) and (kind == "longrope" or "dynamic" in kind):
+                raise ExportError(
+                    f"{name} ({type(module).__name__}) has rotary frequencies of type {kind}, "
+                    "which change with the length of the longest sequence; a graph cannot"
+                )
 
 
 def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -186,6 +186,22 @@ def test_an_encoder_decoder_is_refused():
         HuggingFaceSource.from_model(model, "t5")
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+        {"rope_type": "dynamic", "factor": 2.0},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_rotary_frequencies_that_depend_on_the_length_are_refused(rope):
+    rope = {"rope_theta": 10000.0, "original_max_position_embeddings": 8, "factor": 4.0, **rope}
+    values = {"num_key_value_heads": 2, "pad_token_id": 0, "max_position_embeddings": 32}
+    model = make("LlamaConfig", {**values, "rope_parameters": rope})
+    with pytest.raises(ExportError, match=f"of type {rope['rope_type']}, which change with"):
+        HuggingFaceSource.from_model(model, "llama")
+
+
 def test_a_layer_without_keys_and_values_is_refused():
     values = {
         "num_key_value_heads": 2,
