@@ -18,7 +18,7 @@ from fastmqa_export.cache import TracedCache
 from fastmqa_export.errors import ConfigError
 from fastmqa_export.modules import LatentAttention, LatentForm, MultiQueryAttention
 from fastmqa_export.onnx_export import Exportable, TensorSpec
-from fastmqa_export.op import fused_attention, node_attributes
+from fastmqa_export.op import checked_attributes, fused_attention
 from fastmqa_export.runtime import StepModel, next_power_of_two
 from fastmqa_export.source import AttentionShape, Source, to_numpy
 
@@ -224,7 +224,7 @@ def _plain_attention(
     """`fused_attention`, in PyTorch's own operators of q's dtype."""
     tensors = (q, k, v, attn_mask, kv_lengths, q_start)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    attributes = node_attributes(*tensors, scale=scale, **values)
+    attributes = checked_attributes(*tensors, scale=scale, **values)
     return reference.attention_in_dtype(*tensors, attributes=attributes)
 
 

@@ -12,7 +12,7 @@ import dataclasses
 import enum
 import math
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 from fastmqa_export.errors import ConfigError
 
@@ -115,6 +115,40 @@ class AttentionAttributes:
                 f"v_head_size={self.v_head_size} with features={self.features}: it is the head "
                 "size of the values exactly where they lie in k (feature 8), and 0 otherwise"
             )
+
+    @classmethod
+    def of_call(
+        cls,
+        values: Mapping[str, Any],
+        *,
+        v: Any,
+        attn_mask: Any,
+        kv_lengths: Any,
+        q_start: Any,
+        lse: bool = False,
+    ) -> AttentionAttributes:
+        """The attributes of a call of the torch op, ``features`` by which tensors are given.
+
+        Args:
+            values: the other attributes; those that have a default may be left out, and bools
+                count as ints.
+            v: the tensor, or None: the values lie in k.
+            attn_mask: the tensor, or None, like the next two.
+            kv_lengths: lengths.
+            q_start: positions.
+            lse: whether the log-sum-exp is asked for.
+        """
+        live = {
+            Feature.MASK: attn_mask is not None,
+            Feature.LENGTHS: kv_lengths is not None,
+            Feature.Q_START: q_start is not None,
+            Feature.VALUES_IN_K: v is None,
+            Feature.LSE: lse,
+        }
+        return cls(
+            **{name: int(x) if isinstance(x, bool) else x for name, x in values.items()},
+            features=sum(bit for bit, is_live in live.items() if is_live),
+        )
 
     @property
     def reach_right(self) -> int:

@@ -650,9 +650,8 @@ class HuggingFaceSource(Source):
             num_kv_heads=first.kv_heads if first else heads,
             head_dim=first.key_size if first else config.hidden_size // heads,
         )
-        if first and getattr(
-            config, "kv_lora_rank", None
-        ):  # MLA of DeepSeek: latent and rotary part
+        is_latent = bool(getattr(config, "kv_lora_rank", None))  # DeepSeek: latent, rotary part
+        if first and is_latent:
             return dataclasses.replace(
                 shape,
                 head_dim=config.qk_nope_head_dim + config.qk_rope_head_dim,

@@ -34,8 +34,8 @@ from fastmqa_export.config import (
     OP_NAME,
     OP_OUTPUTS,
     OP_VERSION,
+    PLUGIN_ATTRIBUTES,
     AttentionAttributes,
-    Feature,
     check_head_sizes,
 )
 from fastmqa_export.errors import ConfigError, ExportError, FastMqaError
@@ -271,8 +271,14 @@ def _operator(outputs: int) -> onnxscript_values.Op:
         ],
         type_constraints=[(name, allowed, "") for name, allowed in types.items()],
         attributes=[
-            schema.Attribute(field.name, kinds[str(field.type)], required=False)
-            for field in dataclasses.fields(AttentionAttributes)
+            *(
+                schema.Attribute(field.name, kinds[str(field.type)], required=False)
+                for field in dataclasses.fields(AttentionAttributes)
+            ),
+            *(
+                schema.Attribute(name, schema.AttrType.STRING, required=False)
+                for name in PLUGIN_ATTRIBUTES
+            ),
         ],
     )
     return onnxscript_values.Op(onnxscript_values.Opset(OP_DOMAIN, OP_VERSION), OP_NAME, definition)
@@ -290,22 +296,16 @@ def _translation(outputs: int) -> Callable[..., Any]:
         q_start: Any = None,
         **attributes: Any,
     ) -> Any:
-        live = {
-            Feature.MASK: attn_mask is not None,
-            Feature.LENGTHS: kv_lengths is not None,
-            Feature.Q_START: q_start is not None,
-            Feature.VALUES_IN_K: v is None,
-            Feature.LSE: outputs == 2,
-        }
-        node = AttentionAttributes(
-            **{name: int(x) if isinstance(x, bool) else x for name, x in attributes.items()},
-            features=sum(bit for bit, is_live in live.items() if is_live),
+        node = AttentionAttributes.of_call(
+            attributes,
+            v=v,
+            attn_mask=attn_mask,
+            kv_lengths=kv_lengths,
+            q_start=q_start,
+            lse=outputs == 2,
         )
-        tensors = (q, k, k if v is None else v, attn_mask, kv_lengths, q_start)
-        values = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
-        return operator(
-            *tensors, **{n: x if isinstance(x, float) else int(x) for n, x in values.items()}
-        )
+        values = k if v is None else v
+        return operator(q, k, values, attn_mask, kv_lengths, q_start, **node_attributes(node))
 
     return translate
 
@@ -336,7 +336,7 @@ def _fuse_norms_and_rotations(model: ir.Model) -> None:
 
 
 def _complete(node: ir.Node) -> NodeUse:
-    """Write all attributes of a node that the translation made, and say what its body must do.
+    """Give a node that the translation made all its inputs, and say what its body must do.
 
     Raises:
         ExportError: naming the node, if the op does not cover it.
@@ -349,8 +349,6 @@ def _complete(node: ir.Node) -> NodeUse:
             if field.name in node.attributes
         }
     )
-    for name, value in node_attributes(attributes).items():
-        node.attributes[name] = ir.convenience.convert_attributes({name: value})[0]
     q, k, v, mask = node.inputs[:4]
     if q is None or k is None or v is None or q.shape is None or k.shape is None:
         raise ExportError(f"{node.name}: q, k and v must be known, with their shapes")

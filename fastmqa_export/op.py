@@ -17,7 +17,6 @@ from fastmqa_export import reference
 from fastmqa_export.config import (
     OP_DOMAIN,
     AttentionAttributes,
-    Feature,
     Layout,
     SoftmaxPrecision,
 )
@@ -109,7 +108,7 @@ def fused_attention(
     return result
 
 
-def node_attributes(
+def checked_attributes(
     q: Tensor,
     k: Tensor,
     v: Tensor | None,
@@ -133,15 +132,8 @@ def node_attributes(
         raise ConfigError(
             f"v_head_size={v_head_size} although v is given; it is only for values in k"
         )
-    live = {
-        Feature.MASK: attn_mask is not None,
-        Feature.LENGTHS: kv_lengths is not None,
-        Feature.Q_START: q_start is not None,
-        Feature.VALUES_IN_K: v is None,
-    }
-    attributes = AttentionAttributes(
-        **{key: int(x) if isinstance(x, bool) else x for key, x in values.items()},
-        features=sum(bit for bit, is_live in live.items() if is_live),
+    attributes = AttentionAttributes.of_call(
+        values, v=v, attn_mask=attn_mask, kv_lengths=kv_lengths, q_start=q_start
     )
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor is None:
@@ -186,7 +178,7 @@ def node_attributes(
 
 
 def _check_mask(mask: Tensor, full: tuple[int, ...], dtype: torch.dtype) -> None:
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = reference.at_least_float32(dtype)
     if mask.dtype not in (torch.bool, dtype, wide):
         allowed = f"bool or {wide}" if dtype == wide else f"bool, {dtype} or {wide}"
         raise ConfigError(f"attn_mask is {mask.dtype}; it must be {allowed}")
@@ -199,26 +191,22 @@ def _check_mask(mask: Tensor, full: tuple[int, ...], dtype: torch.dtype) -> None
         )
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _run(*tensors: Any, **values: Any) -> tuple[Tensor, Tensor]:
     q = tensors[0]
     y, lse = reference.attention(
         *tensors,
-        attributes=node_attributes(*tensors, **values),
-        compute_dtype=_compute_dtype(q.dtype),
+        attributes=checked_attributes(*tensors, **values),
+        compute_dtype=reference.at_least_float32(q.dtype),
     )
     return y.to(q.dtype).contiguous(), lse
 
 
 def _fake(*tensors: Any, **values: Any) -> tuple[Tensor, Tensor]:
     q, _, v = tensors[:3]
-    attributes = node_attributes(*tensors, **values)
+    attributes = checked_attributes(*tensors, **values)
     y = q.new_empty((*q.shape[:3], attributes.v_head_size if v is None else v.shape[3]))
     rows = q.shape[:3] if attributes.layout == Layout.BHSD else (q.shape[0], q.shape[2], q.shape[1])
-    return y, q.new_empty(rows, dtype=_compute_dtype(q.dtype))
+    return y, q.new_empty(rows, dtype=reference.at_least_float32(q.dtype))
 
 
 @torch.library.custom_op(
@@ -279,8 +267,8 @@ def _attention_backward(
         grad_y,
         grad_lse,
         *tensors,
-        attributes=node_attributes(*tensors, **values),
-        compute_dtype=_compute_dtype(q.dtype),
+        attributes=checked_attributes(*tensors, **values),
+        compute_dtype=reference.at_least_float32(q.dtype),
     )
     return tuple(
         q.new_empty(0) if gradient is None or x is None else gradient.to(x.dtype).contiguous()

@@ -253,7 +253,7 @@ def attention_in_dtype(
         _capped(scores, attributes), attn_mask, kv_lengths, q_start, attributes=attributes
     )
     half = attributes.softmax_precision == SoftmaxPrecision.FLOAT16
-    weights = scores.softmax(-1, dtype=torch.float16 if half else _at_least_float32(q.dtype))
+    weights = scores.softmax(-1, dtype=torch.float16 if half else at_least_float32(q.dtype))
     empty = (scores == -torch.inf).all(-1, keepdim=True)
     y = product(weights.masked_fill(empty, 0).to(q.dtype), v)
     return y.transpose(1, 2) if attributes.layout == Layout.BSHD else y
@@ -308,5 +308,6 @@ def _unpack(x: Tensor, heads: int) -> Tensor:
     return x.reshape(batch, heads, rows * kv_heads // heads, columns)
 
 
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The type in which sums and softmax of inputs of a type are computed."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -9,7 +9,7 @@ buffer doubles when it is full.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -46,13 +46,12 @@ def next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def create_session(path: Path, *, threads: int = 0, options: Any = None) -> Any:
+def create_session(path: Path, *, threads: int = 0) -> Any:
     """An onnxruntime session on the CPU.
 
     Args:
         path: an ONNX file.
         threads: for one op; 0: as many as cores.
-        options: an ``onnxruntime.SessionOptions`` to start from.
 
     Raises:
         ModelFileError: if onnxruntime cannot load it.
@@ -65,7 +64,7 @@ def create_session(path: Path, *, threads: int = 0, options: Any = None) -> Any:
             "onnxruntime is not installed: pip install 'fastmqa_export[cpu]', or [gpu] on a "
             "machine with an NVIDIA GPU (never both)"
         ) from error
-    options = options or onnxruntime.SessionOptions()
+    options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     # Warnings about the machine and about initializers that no node reads are not the user's.
     options.log_severity_level = 3
@@ -186,7 +185,6 @@ def generate(
     max_new_tokens: int,
     *,
     stop: frozenset[int] = frozenset(),
-    progress: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """Greedy decoding of several prompts at once.
 
@@ -195,7 +193,6 @@ def generate(
         prompts: token ids, each at least one; padded on the right for the first step.
         max_new_tokens: at most so many per prompt.
         stop: tokens that end a sequence; the one that did is its last.
-        progress: called after each step.
 
     Returns:
         The new tokens of each prompt.
@@ -217,7 +214,6 @@ def generate(
         for n, token, is_live in zip(new, tokens, live, strict=True):
             if is_live:
                 n.append(int(token))
-        progress()
         if not remaining or all(n[-1] in stop for n in new):
             break
         last = model.step(tokens[:, None])[:, -1]

@@ -17,7 +17,7 @@ from fastmqa_export.cache import KvCache, StaticCache, TracedCache, cache_stats
 from fastmqa_export.config import OP_INPUTS, AttentionAttributes
 from fastmqa_export.errors import ConfigError
 from fastmqa_export.modules import AttentionModule, FastMQA, MultiQueryAttention
-from fastmqa_export.op import fused_attention, node_attributes
+from fastmqa_export.op import checked_attributes, fused_attention
 
 GIB = 2**30
 HALF = [torch.float16, torch.bfloat16]
@@ -78,7 +78,7 @@ class Recording:
         y = fused_attention(*tensors, **options)  # type: ignore[arg-type]
         live = dict(zip(OP_INPUTS, tensors, strict=True))
         self.tensors = {name: tensor for name, tensor in live.items() if tensor is not None}
-        self.attributes: AttentionAttributes = node_attributes(*tensors, **options)  # type: ignore[arg-type]
+        self.attributes: AttentionAttributes = checked_attributes(*tensors, **options)  # type: ignore[arg-type]
         self.y = y
         return y
 
