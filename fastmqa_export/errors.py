@@ -39,6 +39,10 @@ class OutputError(FastMqaError):
     """A result that cannot be written: no permission, no space, not a folder."""
 
 
+class KernelError(FastMqaError):
+    """CUDA refused a launch, or a library of kernels is not what it should be."""
+
+
 class MismatchError(FastMqaError):
     """Two runtimes differ by more than the error budget."""
 

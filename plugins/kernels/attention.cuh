@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <fastmqa/arch/launch.cuh>
+
+#include "mainloop.cuh"
+
+namespace fastmqa {
+
+// Stores what the mainloop found: y and lse, or with split keys this split's part of them.
+template <class Traits>
+class Epilogue {
+ public:
+  using Element = typename Traits::Element;
+
+  __device__ __forceinline__ Epilogue(const KernelParams& p, const Work<Traits>& work,
+                                      typename Traits::SharedStorage& storage)
+      : params_(p), work_(work), storage_(storage) {}
+
+  __device__ __forceinline__ void store(Mainloop<Traits>& loop) const {
+    divide(loop);
+    if (params_.splits > 1) {
+      store_partial(loop);
+    } else {
+      store_outputs(loop);
+      if (params_.attention.lse != nullptr) store_lse(loop);
+    }
+  }
+
+ private:
+  // Outputs become averages; a row without keys is 0, its log of a sum -inf.
+  __device__ __forceinline__ static void divide(Mainloop<Traits>& loop) {
+#pragma unroll
+    for (int i = 0; i < Traits::kRowsPerLane; ++i) {
+      const float sum = loop.softmax_.sum[i];
+      const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+#pragma unroll
+      for (int j = 0; j < Traits::kColumnFragments; ++j) {
+        loop.outputs_[i / 2][j][i % 2 * 2] *= factor;
+        loop.outputs_[i / 2][j][i % 2 * 2 + 1] *= factor;
+      }
+    }
+  }
+
+  __device__ __forceinline__ static float log_of_sum(const Mainloop<Traits>& loop, int i) {
+    return loop.softmax_.max[i] + logf(loop.softmax_.sum[i]);  // -inf + -inf where there was no key
+  }
+
+  __device__ __forceinline__ void store_partial(const Mainloop<Traits>& loop) const {
+    const AttentionParams& a = params_.attention;
+    const int64_t first =
+        static_cast<int64_t>(work_.split) * params_.rows +
+        (static_cast<int64_t>(work_.batch) * a.kv_heads + work_.kv_head) * a.queries * work_.group +
+        work_.first_row;
+    float* outputs = static_cast<float*>(a.workspace) + first * a.v_head_size;
+    float* logs = reinterpret_cast<float*>(static_cast<char*>(a.workspace) +
+                                           partial_outputs_bytes(params_)) +
+                  first;
+    for_each_row(loop, [&](int i, int row) {
+      store_floats(loop, i, outputs + static_cast<int64_t>(row) * a.v_head_size);
+      if (holds_row(loop)) logs[row] = log_of_sum(loop, i);
+    });
+  }
+
+  // This lane's outputs of its i-th row, as they are.
+  __device__ __forceinline__ void store_floats(const Mainloop<Traits>& loop, int i,
+                                               float* row) const {
+    for_each_pair(loop, i, [&](int column, float first, float second) {
+      if (column < params_.attention.v_head_size) {
+        *reinterpret_cast<float2*>(row + column) = float2{first, second};
+      }
+    });
+  }
+
+  __device__ __forceinline__ void store_lse(const Mainloop<Traits>& loop) const {
+    const AttentionParams& a = params_.attention;
+    for_each_row(loop, [&](int i, int row) {
+      if (holds_row(loop)) {
+        a.lse[work_.batch * a.lse_strides.batch + work_.head(row) * a.lse_strides.head +
+              work_.position(row) * a.lse_strides.row] = log_of_sum(loop, i);
+      }
+    });
+  }
+
+  __device__ __forceinline__ void store_outputs(const Mainloop<Traits>& loop) const {
+    const AttentionParams& a = params_.attention;
+    auto* y = static_cast<Element*>(a.y) + work_.batch * a.y_strides.batch;
+    const auto row_of = [&](int row) {
+      return y + work_.head(row) * a.y_strides.head + work_.position(row) * a.y_strides.row;
+    };
+    if constexpr (Traits::kTensorCores) {
+      // By way of shared memory, so that 16 bytes at a time are stored.
+      auto& tile = reinterpret_cast<typename Traits::OutputTile&>(storage_.q);
+      __syncthreads();  // other warps may still read their queries
+#pragma unroll
+      for (int i = 0; i < Traits::kRowsPerLane; ++i) {
+        for_each_pair(loop, i, [&](int column, float x, float y) {
+          const uint32_t pair = tile::pack(x, y, Element{});
+          std::memcpy(static_cast<void*>(tile.at(loop.lane_row(i), column)), &pair, sizeof pair);
+        });
+      }
+      __syncthreads();
+      using OutputTile = typename Traits::OutputTile;
+      OutputTile::template for_each_chunk<Traits::kThreads>(
+          [&](int, int row, int base, int offset) {
+            const int column = (base + offset) * OutputTile::kPerChunk;
+            if (row < work_.rows && column < a.v_head_size) {
+              *reinterpret_cast<uint4*>(row_of(row) + column) =
+                  *reinterpret_cast<const uint4*>(tile.chunk(row, base, offset));
+            }
+          });
+    } else {
+      for_each_row(loop, [&](int i, int row) { store_floats(loop, i, row_of(row)); });
+    }
+  }
+
+  // Whether this lane speaks for its rows: one of the four that hold them, in the first warp.
+  __device__ __forceinline__ static bool holds_row(const Mainloop<Traits>& loop) {
+    return loop.share_.index == 0 && tile::lane_id() % 4 == 0;
+  }
+
+  // f(i, row) for this lane's rows that exist.
+  template <class Function>
+  __device__ __forceinline__ void for_each_row(const Mainloop<Traits>& loop, Function f) const {
+#pragma unroll
+    for (int i = 0; i < Traits::kRowsPerLane; ++i) {
+      if (const int row = loop.lane_row(i); row < work_.rows) f(i, row);
+    }
+  }
+
+  // f(column, value, next value) for this lane's outputs of its i-th row.
+  template <class Function>
+  __device__ __forceinline__ static void for_each_pair(const Mainloop<Traits>& loop, int i,
+                                                       Function f) {
+#pragma unroll
+    for (int j = 0; j < Traits::kColumnFragments; ++j) {
+      if (!loop.share_.has_column(j)) continue;
+      f(loop.share_.column + j * tile::kFragmentColumns + tile::fragment_column(tile::lane_id()),
+        loop.outputs_[i / 2][j][i % 2 * 2], loop.outputs_[i / 2][j][i % 2 * 2 + 1]);
+    }
+  }
+
+  const KernelParams& params_;
+  const Work<Traits> work_;
+  typename Traits::SharedStorage& storage_;
+};
+
+template <Variant kVariant>
+__global__ void __launch_bounds__(Traits<kVariant>::kThreads, 1)
+    attention_kernel(const __grid_constant__ KernelParams params) {
+  using T = Traits<kVariant>;
+  auto& storage = dynamic_smem<typename T::SharedStorage>();
+  Work<T> work(params);
+  Mainloop<T> loop(params, work, storage);
+  loop.run();
+  work.forget_rows();
+  Epilogue<T>(params, work, storage).store(loop);
+}
+
+}  // namespace fastmqa

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <fastmqa/arch/launch.cuh>
+#include <fastmqa/tile/fragment.cuh>
+#include <fastmqa/tile/softmax.cuh>
+
+#include "params.h"
+#include "traits.cuh"
+
+namespace fastmqa {
+
+constexpr int kCombineThreads = 32 * kCombineRows;  // a warp per row
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, lanes));
+  return x;
+}
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
+  return x;
+}
+
+// Merges what the splits found: with lse_i the log of split i's sum of exponentials,
+// lse = log sum_i exp(lse_i) and y = sum_i exp(lse_i - lse) y_i. A split without keys has lse_i =
+// -inf and never wrote a y_i.
+template <DType kDType>
+__global__ void __launch_bounds__(kCombineThreads, 1)
+    combine_kernel(const __grid_constant__ KernelParams p) {
+  using Element = typename ElementOf<kDType>::Type;
+  const AttentionParams& a = p.attention;
+  const int lane = tile::lane_id();
+  const int row = static_cast<int>(blockIdx.x) * kCombineRows + static_cast<int>(threadIdx.x) / 32;
+  if (row >= p.rows) return;
+
+  const float* outputs =
+      static_cast<const float*>(a.workspace) + static_cast<int64_t>(row) * a.v_head_size;
+  const float* logs = reinterpret_cast<const float*>(static_cast<const char*>(a.workspace) +
+                                                     partial_outputs_bytes(p)) +
+                      row;
+  const auto log_of = [&](int split) { return logs[static_cast<int64_t>(split) * p.rows]; };
+
+  float largest = -tile::kInfinity;
+  for (int split = lane; split < p.splits; split += 32) largest = fmaxf(largest, log_of(split));
+  const float anchor = tile::anchor(warp_max(largest));
+  float sum = 0.0f;
+  for (int split = lane; split < p.splits; split += 32) {
+    sum += tile::exponential(log_of(split), anchor);
+  }
+  sum = warp_sum(sum);
+
+  const int group_row = row % (a.queries * p.group);
+  const int kv_head = row / (a.queries * p.group) % a.kv_heads;
+  const int batch = row / (a.queries * p.group) / a.kv_heads;
+  const int head = kv_head * p.group + group_row % p.group;
+  const int position = group_row / p.group;
+  if (lane == 0 && a.lse != nullptr) {
+    a.lse[batch * a.lse_strides.batch + head * a.lse_strides.head +
+          position * a.lse_strides.row] = anchor + logf(sum);
+  }
+
+  auto* y = static_cast<Element*>(a.y) + batch * a.y_strides.batch + head * a.y_strides.head +
+            position * a.y_strides.row;
+  const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+  for (int column = 2 * lane; column < a.v_head_size; column += 64) {
+    float2 total{0.0f, 0.0f};
+    for (int split = 0; split < p.splits; ++split) {
+      const float log = log_of(split);
+      if (log == -tile::kInfinity) continue;
+      const float weight = tile::exponential(log, anchor);
+      const float2 part = *reinterpret_cast<const float2*>(
+          outputs + static_cast<int64_t>(split) * p.rows * a.v_head_size + column);
+      total.x = fmaf(weight, part.x, total.x);
+      total.y = fmaf(weight, part.y, total.y);
+    }
+    if constexpr (std::is_same_v<Element, float>) {
+      *reinterpret_cast<float2*>(y + column) = float2{total.x * factor, total.y * factor};
+    } else {
+      const uint32_t pair = tile::pack(total.x * factor, total.y * factor, Element{});
+      std::memcpy(static_cast<void*>(y + column), &pair, sizeof pair);
+    }
+  }
+}
+
+}  // namespace fastmqa

@@ -1,0 +1,6 @@
+// SPDX-License-Identifier: MIT
+#include "../instantiate.cuh"
+
+namespace fastmqa {
+[[maybe_unused]] static const bool kEntered = instantiate<DType::kFloat16, 288, 256, kTuring>();
+}  // namespace fastmqa
