@@ -280,6 +280,37 @@ def doctor(as_json: bool) -> None:
     sys.exit(3 if required_missing(checks) else 0)
 
 
+@main.group()
+def kernels() -> None:
+    """Look at the CUDA kernels."""
+
+
+@kernels.command()
+@click.option("--arch", required=True, help="sm_75, sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120.")
+@click.option(
+    "--case", "case_file", type=click.Path(path_type=Path), required=True, help="JSON: one call."
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the results."
+)
+@_json
+def emit(arch: str, case_file: Path, output: Path, as_json: bool) -> None:
+    r"""Write the PTX and the launches of the kernels that one call takes.
+
+    Needs nvcc, but no GPU. DIR/kernel.ptx holds the very code that ships, and DIR/launch.json all
+    that an emulator, debugger or profiler must know to run it.
+
+    \b
+    Example: fastmqa-export kernels emit --arch sm_75 --case case.json -o emitted
+    """
+    from fastmqa_export.emit import describe, read_case
+    from fastmqa_export.emit import emit as write
+    from fastmqa_export.progress import Progress
+
+    emitted = write(read_case(case_file), arch, output, Progress(2, quiet=as_json))
+    click.echo(json.dumps(emitted, indent=2) if as_json else describe(emitted, output))
+
+
 def _load(source: str, dtype: str, options: dict[str, Any]) -> Any:
     """The model that the options of a command describe."""
     from fastmqa_export.builtin import BuiltinOptions

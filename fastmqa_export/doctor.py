@@ -16,6 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from fastmqa_export import plugins
+from fastmqa_export.errors import KernelError, MissingDependencyError
+
 #: Oldest onnxruntime whose CPU kernels for what exported files use were found right.
 MIN_ONNXRUNTIME: Final = (1, 28)
 #: The release of transformers whose attention interface and cache are hooked.
@@ -52,6 +55,7 @@ def examine() -> list[Check]:
         ("transformers", _transformers, False),
         *((name, _package(name, extra="hf"), False) for name in ("gguf", "accelerate")),
         ("tensorrt", _package("tensorrt", extra="tensorrt"), False),
+        ("kernels", _kernels, False),
         ("nvcc", _nvcc, False),
         ("disk", _disk, False),
     ]
@@ -165,11 +169,28 @@ def _transformers() -> Check:
     return Check(name, "ok", version)
 
 
+def _kernels() -> Check:
+    name = "kernels"
+    try:
+        library = plugins.kernel_library()
+    except (MissingDependencyError, KernelError) as error:
+        return Check(name, "missing", f"attention on CUDA takes PyTorch's operators: {error}")
+    variants = library.variants()
+    generations = sorted({variant["min_sm"] for variant in variants})
+    return Check(
+        name,
+        "ok",
+        f"{library.path}, {len(variants)} variants, "
+        f"for SM{' and SM'.join(map(str, generations))} onwards",
+    )
+
+
 def _nvcc() -> Check:
-    path = shutil.which("nvcc")
-    if path is None:
-        return Check("nvcc", "missing", "not on PATH; nothing in this version needs it")
-    return Check("nvcc", "ok", path)
+    try:
+        return Check("nvcc", "ok", str(plugins.find_nvcc()))
+    except MissingDependencyError:
+        detail = "not found; only building kernels and `kernels emit` need it"
+        return Check("nvcc", "missing", detail, plugins.NVCC_REMEDY)
 
 
 def _disk() -> Check:

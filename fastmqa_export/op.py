@@ -3,24 +3,28 @@
 
 Schema, shape rules (for fake tensors too, so that ``torch.compile`` and ``torch.export`` trace it
 as one node with dynamic sizes), an eager implementation and gradients. The eager implementation is
-the reference in float32 (float64 for float64 inputs).
+the reference in float32 (float64 for float64 inputs); CUDA tensors take the library of kernels
+where it is built and covers the call.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmqa_export import reference
+from fastmqa_export import plugins, reference
 from fastmqa_export.config import (
     OP_DOMAIN,
     AttentionAttributes,
     Layout,
     SoftmaxPrecision,
 )
-from fastmqa_export.errors import ConfigError
+from fastmqa_export.errors import ConfigError, MissingDependencyError
+from fastmqa_export.kernels import KernelLibrary, make_call
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -201,6 +205,53 @@ def _run(*tensors: Any, **values: Any) -> tuple[Tensor, Tensor]:
     return y.to(q.dtype).contiguous(), lse
 
 
+def _run_cuda(*tensors: Any, return_lse: bool, **values: Any) -> tuple[Tensor, Tensor | None]:
+    """By the library of kernels, or `_run` where it cannot: a warning says why, once.
+
+    Without a warning in float64, which is for comparisons, and for empty tensors.
+    """
+    q = tensors[0]
+    if q.dtype != torch.float64 and q.numel() > 0:
+        try:
+            library = plugins.kernel_library()
+            with torch.cuda.device(q.device):
+                stream = torch.cuda.current_stream().cuda_stream
+                ordinal = torch.cuda.current_device()
+                return run_kernels(
+                    library, ordinal, stream, *tensors, return_lse=return_lse, **values
+                )
+        except (MissingDependencyError, _NotCovered) as error:
+            _warn_once(f"fused_attention takes PyTorch's operators on CUDA: {error}")
+    return _run(*tensors, **values)
+
+
+class _NotCovered(Exception):
+    """No kernel of the library covers a call."""
+
+
+def run_kernels(
+    library: KernelLibrary,
+    ordinal: int,
+    stream: int,
+    *tensors: Any,
+    return_lse: bool,
+    **values: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Y, and lse if it is wanted, by the kernels of a library on the device of that number."""
+    attributes = checked_attributes(*tensors, **values)
+    call = make_call(*tensors, attributes=attributes, return_lse=return_lse)
+    try:
+        library.run(call, library.device(ordinal), stream)
+    except ConfigError as error:
+        raise _NotCovered(str(error)) from error
+    return call.y, call.lse
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
 def _fake(*tensors: Any, **values: Any) -> tuple[Tensor, Tensor]:
     q, _, v = tensors[:3]
     attributes = checked_attributes(*tensors, **values)
@@ -241,6 +292,16 @@ def _attention_with_lse(
     **values: Any,
 ) -> tuple[Tensor, Tensor]:
     return _run(q, k, v, attn_mask, kv_lengths, q_start, **values)
+
+
+@_attention.register_kernel("cuda")
+def _(*tensors: Any, **values: Any) -> Tensor:
+    return _run_cuda(*_six(tensors), return_lse=False, **values)[0]
+
+
+@_attention_with_lse.register_kernel("cuda")
+def _(*tensors: Any, **values: Any) -> tuple[Tensor, Tensor | None]:
+    return _run_cuda(*_six(tensors), return_lse=True, **values)
 
 
 # The gradient is an op of its own, opaque to tracing as the forward is. An absent gradient is an

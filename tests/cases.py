@@ -158,3 +158,51 @@ HALF_SOFTMAX_CASES = [
     for case in CASES
     if case.Hkv == 1 and case.layout == 0
 ]
+
+
+def _kernel_cases() -> list[Case]:
+    """Sizes at the edges of the kernels' tiles: 16, 64 and 128 rows, 16, 32 and 64 keys."""
+    sizes = ((32, 32), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+    calls: list[tuple[str, dict[str, object]]] = [
+        ("decode_mha", {"H": 2, "Hkv": 2, "S": 1, "T": 130, "lse": True}),
+        ("decode_9_3", {"H": 9, "Hkv": 3, "S": 1, "T": 63, "is_causal": True}),
+        ("decode_10_1", {"H": 10, "S": 1, "T": 64, "q_start": (50,), "is_causal": True}),
+        ("decode_16_1", {"H": 16, "S": 1, "T": 65, "kv_lengths": (64,), "lse": True}),
+        ("decode_17_1", {"H": 17, "S": 1, "T": 31, "lse": True}),
+        ("decode_48_1", {"H": 48, "S": 1, "T": 257, "kv_lengths": (255,), "lse": True}),
+        ("decode_64_1", {"H": 64, "S": 1, "T": 16, "mask": "bool", "mask_shape": "BT"}),
+        ("decode_71_1", {"H": 71, "S": 1, "T": 129, "is_causal": True, "lse": True}),
+        ("prefill_15", {"H": 3, "S": 5, "T": 15, "is_causal": True, "window_left": 3}),
+        ("prefill_63", {"H": 1, "S": 63, "T": 63, "is_causal": True, "lse": True}),
+        ("prefill_65", {"H": 1, "S": 65, "T": 97, "is_causal": True, "window_left": 20}),
+        ("prefill_129", {"H": 3, "S": 43, "T": 129, "mask": "float", "softcap": 7.0}),
+        ("prefill_257", {"H": 2, "S": 129, "T": 160, "is_causal": True, "layout": 1}),
+        ("prefill_windows", {"H": 2, "S": 70, "T": 70, "window_left": 17, "window_right": 5}),
+    ]
+    cases = [
+        Case(
+            name=f"{name}_d{d}" + (f"_v{v}" if v != d else ""),
+            **{"B": 1, "Hkv": 1, "D": d, "V": v, **call},  # type: ignore[arg-type]
+        )
+        for d, v in sizes
+        for name, call in calls
+    ]
+    latent: list[tuple[str, dict[str, object]]] = [
+        ("decode_16", {"H": 16, "S": 1, "T": 97, "kv_lengths": (95,), "lse": True}),
+        ("decode_40", {"H": 40, "S": 1, "T": 33, "is_causal": True}),
+        ("decode_128", {"H": 128, "S": 1, "T": 64, "lse": True}),
+        ("prefill_causal", {"H": 16, "S": 9, "T": 40, "is_causal": True, "layout": 1}),
+        ("prefill_mask", {"H": 3, "S": 7, "T": 17, "mask": "float", "softcap": 9.0}),
+    ]
+    return cases + [
+        Case(
+            name=f"latent_{name}_d{d}_v{v}",
+            scale=(d // 3) ** -0.5,
+            **{"B": 1, "Hkv": 1, "D": d, "V": v, "values_in_k": True, **call},  # type: ignore[arg-type]
+        )
+        for d, v in ((288, 256), (576, 512))
+        for name, call in latent
+    ]
+
+
+KERNEL_CASES = CASES + _kernel_cases()

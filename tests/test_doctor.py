@@ -3,12 +3,14 @@
 
 import importlib.metadata
 import importlib.util
+import subprocess
 import sys
 import types
 
 import pytest
+from naive import naive_library
 
-from fastmqa_export import doctor
+from fastmqa_export import doctor, plugins
 from fastmqa_export.doctor import describe, examine, required_missing
 
 
@@ -112,3 +114,53 @@ def test_optional_packages_do_not_fail_the_whole(monkeypatch):
     assert check("gguf").status == "missing"
     assert not required_missing(checks)
     assert "optional" in describe(checks)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Chooses the library of kernels."""
+
+    def choose(path):
+        monkeypatch.setenv("FASTMQA_KERNELS", str(path))
+
+    plugins.kernel_library.cache_clear()
+    yield choose
+    plugins.kernel_library.cache_clear()
+
+
+def test_the_library_of_kernels(kernels, tmp_path):
+    kernels(naive_library())
+    found = check("kernels")
+    assert found.status == "ok"
+    assert found.detail == f"{naive_library()}, 2 variants, for SM75 and SM80 onwards"
+
+
+def test_no_library_of_kernels(kernels, tmp_path):
+    kernels(tmp_path / "gone.so")
+    found = check("kernels")
+    assert found.status == "missing" and not found.required
+    assert "CUDA takes PyTorch's operators" in found.detail
+    assert "gone.so, which is no file; build the library (cmake -S " in found.detail
+
+
+def test_a_library_of_kernels_that_does_not_load(kernels, tmp_path):
+    (tmp_path / "broken.so").touch()
+    kernels(tmp_path / "broken.so")
+    assert "broken.so is no library of kernels" in check("kernels").detail
+
+
+def test_nvcc(monkeypatch):
+    monkeypatch.setenv("CUDACXX", sys.executable)
+    assert check("nvcc").detail == sys.executable
+    monkeypatch.setenv("CUDACXX", "gone")
+    assert "cuda-toolkit[nvcc,cudart,cccl]" in check("nvcc").remedy
+
+
+def test_examining_needs_no_torch():
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from fastmqa_export.doctor import examine\n"
+        "print(next(check for check in examine() if check.name == 'torch').status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "missing\n", done.stderr

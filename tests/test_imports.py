@@ -19,6 +19,8 @@ LAYERS = (
     ("errors",),
     ("config",),
     ("accuracy", "reference"),
+    ("kernels",),
+    ("plugins",),
     ("op",),
     ("cache", "modules"),
     ("files", "progress", "runtime"),
@@ -29,7 +31,7 @@ LAYERS = (
     ("load_source",),
     ("runners", "timing"),
     ("compare",),
-    ("report", "inspect", "doctor"),
+    ("report", "inspect", "doctor", "emit"),
     ("pipeline",),
 )
 SIBLINGS = {

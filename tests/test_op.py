@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: MIT
 """``torch.ops.fastmqa.fused_attention``: schema, shapes, gradients, compilation and export."""
 
+import contextlib
+import types
+
 import pytest
 import torch
 from cases import CASES
+from naive import naive_library
 from torch.library import opcheck
 
-from fastmqa_export import reference
+from fastmqa_export import op as op_module
+from fastmqa_export import plugins, reference
 from fastmqa_export.config import OP_INPUTS
-from fastmqa_export.errors import ConfigError
+from fastmqa_export.errors import ConfigError, KernelError
 from fastmqa_export.op import fused_attention
 
 BY_NAME = {case.name: case for case in CASES}
@@ -260,3 +265,89 @@ def test_refused_arguments_are_named(name):
 def test_shapes_are_refused_while_tracing_too():
     with pytest.raises(ConfigError, match="k is "):
         fused_attention(Q.to("meta"), K[..., :4].to("meta"), K.to("meta"))
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """What CUDA tensors take, with a library of kernels that wants tensors on the host."""
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    stream = types.SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setenv("FASTMQA_KERNELS", str(naive_library()))
+    plugins.kernel_library.cache_clear()
+    op_module._warn_once.cache_clear()
+
+    def call(*tensors, return_lse=True, **values):
+        tensors = (*tensors, *[None] * (6 - len(tensors)))
+        return op_module._run_cuda(*tensors, return_lse=return_lse, **{"scale": 0.3} | values)
+
+    call.stream = stream
+    yield call
+    plugins.kernel_library.cache_clear()
+    op_module._warn_once.cache_clear()
+
+
+def float32(*shape: int) -> torch.Tensor:
+    return normal(*shape, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", ["fused_attention", "fused_attention_with_lse"])
+def test_cuda_tensors_have_an_implementation_of_their_own(name):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastmqa::{name}", "CUDA")
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_library_of_kernels_is_called(cuda, name, monkeypatch):
+    arguments, attributes = CALLS[name]
+    arguments = [x.float() if x is not None and x.is_floating_point() else x for x in arguments]
+    expected = op_module._run(*arguments, **attributes)
+    monkeypatch.setattr(op_module, "_run", None)  # or the reference would answer
+    y, lse = cuda(*arguments, **attributes)
+    torch.testing.assert_close(y, expected[0])
+    torch.testing.assert_close(lse, expected[1])
+    assert y.is_contiguous() and lse.is_contiguous()
+    assert cuda(*arguments, return_lse=False, **attributes)[1] is None
+
+
+def test_what_the_library_does_not_cover_takes_the_reference_and_says_so_once(cuda):
+    q, k = normal(1, 2, 3, 8, dtype=torch.float16), normal(1, 1, 5, 8, dtype=torch.float16)
+    with pytest.warns(RuntimeWarning, match="PyTorch's operators on CUDA: only float32"):
+        y, lse = cuda(q, k, k)
+    torch.testing.assert_close((y, lse), op_module._run(q, k, k, None, None, None, scale=0.3))
+    cuda(q, k, k)  # a second warning would be an error
+
+
+def test_without_a_library_the_reference_is_taken_and_said_once(cuda, monkeypatch):
+    monkeypatch.setenv("FASTMQA_KERNELS", "/nowhere.so")
+    x = float32(1, 2, 3, 8)
+    with pytest.warns(RuntimeWarning, match=r"CUDA: FASTMQA_KERNELS is /nowhere.so.*cmake -S"):
+        y, _ = cuda(x, x, x)
+    torch.testing.assert_close(y, op_module._run(x, x, x, None, None, None, scale=0.3)[0])
+    cuda(x, x, x)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        pytest.param((Q, K, K), id="float64"),
+        pytest.param(
+            (float32(2, 4, 0, 8), float32(2, 2, 5, 8), float32(2, 2, 5, 8)), id="no_queries"
+        ),
+    ],
+)
+def test_float64_and_nothing_take_the_reference_in_silence(cuda, tensors, monkeypatch):
+    monkeypatch.setenv("FASTMQA_KERNELS", "/nowhere.so")
+    y, lse = cuda(*tensors)
+    assert y.shape == tensors[0].shape and lse.shape == tensors[0].shape[:3]
+
+
+def test_what_is_wrong_is_no_reason_for_the_reference(cuda):
+    x = float32(1, 2, 3, 8)
+    with pytest.raises(ConfigError, match="q_start is on meta and q on cpu"):
+        cuda(x, x, x, None, None, lengths(1).to("meta"))
+    with pytest.raises(ConfigError, match="softcap"):
+        cuda(x, x, x, softcap=-1.0)
+    cuda.stream.cuda_stream = 1
+    with pytest.raises(KernelError, match="launch: out of order"):
+        cuda(x, x, x)

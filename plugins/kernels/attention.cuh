@@ -90,7 +90,7 @@ class Epilogue {
     };
     if constexpr (Traits::kTensorCores) {
       // By way of shared memory, so that 16 bytes at a time are stored.
-      auto& tile = reinterpret_cast<typename Traits::OutputTile&>(storage_.q);
+      auto& tile = storage_.y;
       __syncthreads();  // other warps may still read their queries
 #pragma unroll
       for (int i = 0; i < Traits::kRowsPerLane; ++i) {

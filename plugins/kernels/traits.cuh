@@ -72,11 +72,14 @@ struct Traits {
 
   // All of a block's shared memory.
   struct SharedStorage {
-    // float32 reads its queries from global memory: with D = 576 they do not fit a T4 otherwise.
-    // Once the last scores are computed, the outputs take their place.
-    std::conditional_t<kTensorCores, QueryTile, tile::NoTile> q;  // (block_rows, D)
-    KeyTile k[kStages];                                            // (block_keys, D)
-    std::conditional_t<kValuesInK, tile::NoTile, ValueTile> v[kStages];             // (block_keys, V)
+    // Once the last scores are computed, the outputs take the queries' place. float32 reads its
+    // queries from global memory and stores its outputs from registers.
+    union {
+      std::conditional_t<kTensorCores, QueryTile, tile::NoTile> q;   // (block_rows, D)
+      std::conditional_t<kTensorCores, OutputTile, tile::NoTile> y;  // (block_rows, V)
+    };
+    KeyTile k[kStages];                                                  // (block_keys, D)
+    std::conditional_t<kValuesInK, tile::NoTile, ValueTile> v[kStages];  // (block_keys, V)
     std::conditional_t<kSharesProbabilities, ProbabilityTile, tile::NoTile> p;  // (rows, keys)
     float row_max[kWarpsKeys > 1 ? kWarpsKeys : 1][kBlockRows];  // of one tile, per warp over keys
     float row_sum[kWarpsKeys > 1 ? kWarpsKeys : 1][kBlockRows];  // of all tiles, likewise
@@ -88,7 +91,6 @@ struct Traits {
   static_assert(kBlockKeys % tile::kFragmentDepth == 0 && kD % tile::kFragmentDepth == 0);
   static_assert(kWarpsKeys > 1 || kKeyFragments % 2 == 0, "probabilities pair up to operands");
   static_assert(kAsync || kStages == 1, "registers hold one tile on its way");
-  static_assert(!kTensorCores || sizeof(OutputTile) <= sizeof(QueryTile));
   static_assert(sizeof(SharedStorage) <= (163 << 10), "more than an A100 has");
   static_assert(kVariant.min_sm > kTuring || sizeof(SharedStorage) <= least_shared_bytes(kTuring));
 };

@@ -43,18 +43,23 @@ inline constexpr Tile kTuringTiles[] = {
     //  D    V  rows keys warps stages
     {32, 32, 16, 64, 1, 4, 1, false},
     {32, 32, 64, 64, 4, 1, 1, false},
+    {32, 32, 128, 64, 8, 1, 1, false},
     {32, 32, 128, 64, 4, 1, 1, false},
     {64, 64, 16, 64, 1, 4, 1, false},
     {64, 64, 64, 64, 4, 1, 1, false},
+    {64, 64, 128, 64, 8, 1, 1, false},
     {64, 64, 128, 32, 4, 1, 1, false},
     {80, 80, 16, 64, 1, 4, 1, false},
     {80, 80, 64, 64, 4, 1, 1, false},
+    {80, 80, 128, 64, 8, 1, 1, false},
     {80, 80, 128, 32, 4, 1, 1, false},
     {96, 96, 16, 64, 1, 4, 1, false},
     {96, 96, 64, 32, 4, 1, 1, false},
+    {96, 96, 128, 64, 8, 1, 1, false},
     {96, 96, 128, 32, 4, 1, 1, false},
     {128, 128, 16, 64, 1, 4, 1, false},
     {128, 128, 64, 32, 4, 1, 1, false},
+    {128, 128, 128, 32, 8, 1, 1, false},
     {128, 128, 128, 16, 4, 1, 1, false},
     {192, 128, 16, 64, 1, 4, 1, false},
     {192, 128, 64, 32, 4, 1, 1, false},
@@ -71,18 +76,23 @@ inline constexpr Tile kTuringTiles[] = {
 inline constexpr Tile kAmpereTiles[] = {
     {32, 32, 16, 64, 1, 4, 3, false},
     {32, 32, 64, 64, 4, 1, 2, false},
+    {32, 32, 128, 64, 8, 1, 2, false},
     {32, 32, 128, 64, 4, 1, 2, false},
     {64, 64, 16, 64, 1, 4, 3, false},
     {64, 64, 64, 64, 4, 1, 2, false},
+    {64, 64, 128, 64, 8, 1, 2, false},
     {64, 64, 128, 32, 4, 1, 3, false},
     {80, 80, 16, 64, 1, 4, 3, false},
     {80, 80, 64, 64, 4, 1, 2, false},
+    {80, 80, 128, 64, 8, 1, 2, false},
     {80, 80, 128, 32, 4, 1, 2, false},
     {96, 96, 16, 64, 1, 4, 3, false},
     {96, 96, 64, 64, 4, 1, 2, false},
+    {96, 96, 128, 64, 8, 1, 2, false},
     {96, 96, 128, 32, 4, 1, 2, false},
     {128, 128, 16, 64, 1, 4, 2, false},
     {128, 128, 64, 64, 4, 1, 2, false},
+    {128, 128, 128, 64, 8, 1, 2, false},
     {128, 128, 128, 32, 4, 1, 2, false},
     {192, 128, 16, 64, 1, 4, 2, false},
     {192, 128, 64, 64, 4, 1, 1, false},
@@ -111,7 +121,9 @@ inline constexpr int kVariantCount =
     std::size(kTuringTiles) + 2 * std::size(kAmpereTiles) + std::size(kFloat32Tiles) +
     std::size(kFloat32AmpereTiles);
 
-// Of one type, those of smaller head sizes come first, then those with fewer rows.
+// Of one type, those of smaller head sizes come first, then those with fewer rows. Of 128 rows there
+// are two: eight warps, of which those without rows rest, for a decode's heads; and four warps with
+// twice the rows each, which read half as much from shared memory per product, for prefill.
 inline constexpr auto kVariants = [] {
   std::array<Variant, kVariantCount> variants{};
   int count = 0;

@@ -85,6 +85,14 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4
 }
 #endif
 
+// "st.shared.v4": 16 bytes at once, which the compiler does not always make of a uint4.
+__device__ __forceinline__ void store_shared_16(void* shared, uint4 x) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w)
+               : "memory");
+}
+
 // "cp.async": 16 bytes from global to shared memory, past L1; zeros, and nothing read, unless
 // `valid`. Visible to the thread after its wait, to others after a barrier that follows.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {

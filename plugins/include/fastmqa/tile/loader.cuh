@@ -51,7 +51,7 @@ class Loader {
       ptx::cp_async_wait<kPending>();
     } else {
       Tile::template for_each_chunk<kThreads>([&](int slot, int row, int base, int offset) {
-        *reinterpret_cast<uint4*>(tile.chunk(row, base, offset)) = staged_[slot];
+        ptx::store_shared_16(tile.chunk(row, base, offset), staged_[slot]);
       });
     }
   }

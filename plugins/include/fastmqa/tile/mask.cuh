@@ -13,7 +13,7 @@
 namespace fastmqa::tile {
 
 // Positions begin .. end - 1; empty where begin >= end.
-struct KeyRange {
+struct alignas(8) KeyRange {
   int begin;
   int end;
 

@@ -122,6 +122,12 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4
   emulated::mma<__nv_bfloat16>("mma.bf16", d, a, b0, b1);
 }
 
+// "st.shared.v4".
+__device__ __forceinline__ void store_shared_16(void* shared, uint4 x) {
+  simt::require_shared("st.shared.v4", shared);
+  std::memcpy(shared, &x, sizeof x);
+}
+
 // "cp.async": NaN at `shared` from here to the wait, which is when `global` is read.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
   simt::require_shared("cp.async", shared);
