@@ -348,7 +348,7 @@ def compile_ptx(nvcc: Path, sources: Path, arch: str, plan: Mapping[str, Any], d
     """
     index = plan["variant"]["index"]
     instances = {
-        "attention": ("attention.cuh", f"attention_kernel<kVariants[{index}]>"),
+        "attention": ("attention.cuh", f"attention_kernel<{index}>"),
         "combine": ("combine.cuh", f"combine_kernel<DType::k{_CPP_DTYPES[dtype]}>"),
     }
     chosen = [instances[launch["kernel"]] for launch in plan["launches"]]

@@ -44,7 +44,7 @@ with_cmake() {
 
 # The same files and options as in plugins/CMakeLists.txt, for a bare machine: compiles all of them.
 with_nvcc() {
-  rm -f "$folder"/*.o
+  rm -f "$folder"/*.o "$folder"/*.o.log
   export -f compile
   export folder list
   printf '%s\0' plugins/kernels/{dispatch.cu,check.cpp,describe.cpp,plan.cpp,instantiations/*.cu} |

@@ -18,18 +18,17 @@ fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/nvcc.sh
 
-folder=build/gpu_check
-rm -rf "$folder"
-mkdir -p "$folder"
-export PYTHONPATH=$PWD FASTMQA_KERNELS=$PWD/$folder/plugins/libfastmqa_kernels.so
-export FASTMQA_KEEP_CONFORMANCE=$PWD/$folder/conformance.json
-
 look='import sys, torch
 if not torch.cuda.is_available():
     sys.exit("gpu_check.sh needs a CUDA device, and PyTorch sees none")
 major, minor = torch.cuda.get_device_capability()
 print(10 * major + minor)'
 if ! sm=$(python -c "$look"); then exit 3; fi
+folder=build/gpu_check
+rm -rf "$folder"
+mkdir -p "$folder"
+export PYTHONPATH=$PWD FASTMQA_KERNELS=$PWD/$folder/plugins/libfastmqa_kernels.so
+export FASTMQA_KEEP_CONFORMANCE=$PWD/$folder/conformance.json
 find_nvcc
 PATH=$PATH:$(dirname "$CUDACXX")
 

@@ -191,7 +191,8 @@ def table(rows: Iterable[Row], gpus: Iterable[Gpu]) -> list[str]:
             continue
         cells = [row.name, str(row.threads), f"{row.shared_bytes / 1024:.1f}"]
         cells += [str(row.by_sm[code].registers) for code in codes]
-        cells.append(str(sum(row.by_sm[code].spills for code in codes)))
+        spills = [f"SM{c}: {row.by_sm[c].spills}" for c in codes if row.by_sm[c].spills]
+        cells.append(", ".join(spills) or "0")
         for gpu in gpus:
             blocks = blocks_per_sm(
                 gpu,
@@ -215,9 +216,10 @@ def page(folder: Path, built: str) -> str:
         "",
         "Written by `scripts/build_all.sh`, from what ptxas says; no GPU had a part in it.",
         "",
-        f"{len(rows)} kernels, compiled {len(kernels)} times, for SM {sms} and as PTX of SM 80: "
-        f"{built}, {library.stat().st_size / 1e6:.1f} MB. "
-        f"{len(with_local_memory(kernels)) or 'None'} of them spill registers or use a stack.",
+        f"{len(rows)} kernels for SM {sms}, and PTX of SM 80: {built}, "
+        f"{library.stat().st_size / 1e6:.1f} MB. Of the {len(kernels)} that came of it, "
+        f"{len(with_local_memory(kernels)) or 'none'} spill registers or use a stack; the column "
+        "has the bytes.",
         "",
         "A name gives type, head sizes D/V, rows × keys of a tile, warps over rows × keys, and "
         "stages of keys and values in shared memory. Under each SM: blocks that it holds at once, "

@@ -6,7 +6,8 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
   cat <<'USAGE'
 Usage: scripts/test.sh [OPTION...]
 
-Installs the package into .venv, then lints, type-checks and tests it.
+Installs the package into .venv, then lints and type-checks it, builds the CUDA kernels for two GPU
+generations (which needs no GPU) and tests all.
 OPTIONs are pytest's, for example: scripts/test.sh -k imports
 USAGE
   exit
@@ -26,4 +27,6 @@ check() {
 check ruff check .
 check ruff format --check .
 check mypy
+echo "== scripts/build_kernels.sh"
+scripts/build_kernels.sh
 check pytest "$@"

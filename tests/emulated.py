@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Builds the kernels for the host, with `emulation/` in the place of the GPU, and runs calls in it."""
+"""Builds the kernels for the host, with `emulation/` in the place of the GPU, and runs calls."""
 
 from __future__ import annotations
 

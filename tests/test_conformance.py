@@ -213,5 +213,7 @@ def test_the_gpu_agrees_lane_by_lane(emulated: np.ndarray, tmp_path: Path) -> No
 @pytest.mark.parametrize("path", EVIDENCE, ids=lambda path: path.stem)
 def test_gpus_seen_before_agree(emulated: np.ndarray, path: Path) -> None:
     kept = json.loads(path.read_text("utf-8"))["conformance"]
+    if kept is None:
+        pytest.skip("its run of gpu_check.sh ended before")
     silicon = np.frombuffer(zlib.decompress(base64.b64decode(kept["outputs"])), OUTPUT)
     assert not disagreement(emulated, silicon, kept["sm"])

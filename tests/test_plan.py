@@ -116,7 +116,7 @@ def test_every_plan_is_consistent(library):
             assert len(launches) == 1
         else:
             assert launches[1]["grid"] == -(-rows // 4)
-            assert chosen["workspace_bytes"] == 4 * splits * rows * (d + 1)
+            assert chosen["workspace_bytes"] == splits * rows * (dtype.itemsize * d + 4)
 
 
 def test_sizes_that_overflow_are_refused(library):

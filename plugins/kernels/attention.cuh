@@ -19,12 +19,25 @@ class Epilogue {
 
   __device__ __forceinline__ void store(Mainloop<Traits>& loop) const {
     divide(loop);
+    const AttentionParams& a = params_.attention;
     if (params_.splits > 1) {
-      store_partial(loop);
-    } else {
-      store_outputs(loop);
-      if (params_.attention.lse != nullptr) store_lse(loop);
+      const int64_t first = first_partial();
+      auto* outputs = static_cast<Element*>(a.workspace) + first * a.v_head_size;
+      auto* logs = reinterpret_cast<float*>(static_cast<char*>(a.workspace) +
+                                            partial_outputs_bytes(params_));
+      store_outputs(loop, [&](int row) { return outputs + int64_t{row} * a.v_head_size; });
+      store_logs(loop, [&](int row) { return logs + first + row; });
+      return;
     }
+    auto* y = static_cast<Element*>(a.y) + work_.batch * a.y_strides.batch;
+    store_outputs(loop, [&](int row) {
+      return y + work_.head(row) * a.y_strides.head + work_.position(row) * a.y_strides.row;
+    });
+    if (a.lse == nullptr) return;
+    auto* lse = a.lse + work_.batch * a.lse_strides.batch;
+    store_logs(loop, [&](int row) {
+      return lse + work_.head(row) * a.lse_strides.head + work_.position(row) * a.lse_strides.row;
+    });
   }
 
  private:
@@ -42,75 +55,57 @@ class Epilogue {
     }
   }
 
-  __device__ __forceinline__ static float log_of_sum(const Mainloop<Traits>& loop, int i) {
-    return loop.softmax_.max[i] + logf(loop.softmax_.sum[i]);  // -inf + -inf where there was no key
+  // Where this split's part of the tile's rows lies in the workspace.
+  __device__ __forceinline__ int64_t first_partial() const {
+    const AttentionParams& a = params_.attention;
+    return int64_t{work_.split} * params_.rows +
+           (int64_t{work_.batch} * a.kv_heads + work_.kv_head) * a.queries * work_.group +
+           work_.first_row;
   }
 
-  __device__ __forceinline__ void store_partial(const Mainloop<Traits>& loop) const {
-    const AttentionParams& a = params_.attention;
-    const int64_t first =
-        static_cast<int64_t>(work_.split) * params_.rows +
-        (static_cast<int64_t>(work_.batch) * a.kv_heads + work_.kv_head) * a.queries * work_.group +
-        work_.first_row;
-    float* outputs = static_cast<float*>(a.workspace) + first * a.v_head_size;
-    float* logs = reinterpret_cast<float*>(static_cast<char*>(a.workspace) +
-                                           partial_outputs_bytes(params_)) +
-                  first;
+  // place(row) is where a row's log of its sum goes.
+  template <class Place>
+  __device__ __forceinline__ void store_logs(const Mainloop<Traits>& loop, Place place) const {
     for_each_row(loop, [&](int i, int row) {
-      store_floats(loop, i, outputs + static_cast<int64_t>(row) * a.v_head_size);
-      if (holds_row(loop)) logs[row] = log_of_sum(loop, i);
+      // -inf + -inf where there was no key.
+      if (holds_row(loop)) *place(row) = loop.softmax_.max[i] + logf(loop.softmax_.sum[i]);
     });
   }
 
-  // This lane's outputs of its i-th row, as they are.
-  __device__ __forceinline__ void store_floats(const Mainloop<Traits>& loop, int i,
-                                               float* row) const {
-    for_each_pair(loop, i, [&](int column, float first, float second) {
-      if (column < params_.attention.v_head_size) {
-        *reinterpret_cast<float2*>(row + column) = float2{first, second};
-      }
-    });
-  }
-
-  __device__ __forceinline__ void store_lse(const Mainloop<Traits>& loop) const {
+  // place(row) is where a row's outputs begin.
+  template <class Place>
+  __device__ __forceinline__ void store_outputs(const Mainloop<Traits>& loop, Place place) const {
     const AttentionParams& a = params_.attention;
-    for_each_row(loop, [&](int i, int row) {
-      if (holds_row(loop)) {
-        a.lse[work_.batch * a.lse_strides.batch + work_.head(row) * a.lse_strides.head +
-              work_.position(row) * a.lse_strides.row] = log_of_sum(loop, i);
-      }
-    });
-  }
-
-  __device__ __forceinline__ void store_outputs(const Mainloop<Traits>& loop) const {
-    const AttentionParams& a = params_.attention;
-    auto* y = static_cast<Element*>(a.y) + work_.batch * a.y_strides.batch;
-    const auto row_of = [&](int row) {
-      return y + work_.head(row) * a.y_strides.head + work_.position(row) * a.y_strides.row;
-    };
     if constexpr (Traits::kTensorCores) {
       // By way of shared memory, so that 16 bytes at a time are stored.
       auto& tile = storage_.y;
       __syncthreads();  // other warps may still read their queries
 #pragma unroll
       for (int i = 0; i < Traits::kRowsPerLane; ++i) {
-        for_each_pair(loop, i, [&](int column, float x, float y) {
-          const uint32_t pair = tile::pack(x, y, Element{});
+        for_each_pair(loop, i, [&](int column, float first, float second) {
+          const uint32_t pair = tile::pack(first, second, Element{});
           std::memcpy(static_cast<void*>(tile.at(loop.lane_row(i), column)), &pair, sizeof pair);
         });
       }
       __syncthreads();
       using OutputTile = typename Traits::OutputTile;
-      OutputTile::template for_each_chunk<Traits::kThreads>(
-          [&](int, int row, int base, int offset) {
-            const int column = (base + offset) * OutputTile::kPerChunk;
-            if (row < work_.rows && column < a.v_head_size) {
-              *reinterpret_cast<uint4*>(row_of(row) + column) =
-                  *reinterpret_cast<const uint4*>(tile.chunk(row, base, offset));
-            }
-          });
+      OutputTile::template for_each_chunk<Traits::kThreads>([&](int, int row, int base,
+                                                                int offset) {
+        const int column = (base + offset) * OutputTile::kPerChunk;
+        if (row < work_.rows && column < a.v_head_size) {
+          *reinterpret_cast<uint4*>(place(row) + column) =
+              *reinterpret_cast<const uint4*>(tile.chunk(row, base, offset));
+        }
+      });
     } else {
-      for_each_row(loop, [&](int i, int row) { store_floats(loop, i, row_of(row)); });
+      for_each_row(loop, [&](int i, int row) {
+        float* to = place(row);
+        for_each_pair(loop, i, [&](int column, float first, float second) {
+          if (column < a.v_head_size) {
+            *reinterpret_cast<float2*>(to + column) = float2{first, second};
+          }
+        });
+      });
     }
   }
 
@@ -145,10 +140,12 @@ class Epilogue {
   typename Traits::SharedStorage& storage_;
 };
 
-template <Variant kVariant>
-__global__ void __launch_bounds__(Traits<kVariant>::kThreads, 1)
+// Of row kIndex of kVariants. Not a template of the Variant: with a class among the arguments, nvcc
+// 13.0 writes a host stub that g++ does not compile.
+template <int kIndex>
+__global__ void __launch_bounds__(Traits<kVariants[kIndex]>::kThreads, 1)
     attention_kernel(const __grid_constant__ KernelParams params) {
-  using T = Traits<kVariant>;
+  using T = Traits<kVariants[kIndex]>;
   auto& storage = dynamic_smem<typename T::SharedStorage>();
   Work<T> work(params);
   Mainloop<T> loop(params, work, storage);

@@ -23,6 +23,25 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
+__device__ __forceinline__ float2 load_pair(const float* from) {
+  return *reinterpret_cast<const float2*>(from);
+}
+__device__ __forceinline__ float2 load_pair(const __half* from) {
+  return __half22float2(*reinterpret_cast<const __half2*>(from));
+}
+__device__ __forceinline__ float2 load_pair(const __nv_bfloat16* from) {
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(from));
+}
+__device__ __forceinline__ void store_pair(float* to, float x, float y) {
+  *reinterpret_cast<float2*>(to) = float2{x, y};
+}
+__device__ __forceinline__ void store_pair(__half* to, float x, float y) {
+  *reinterpret_cast<__half2*>(to) = __floats2half2_rn(x, y);
+}
+__device__ __forceinline__ void store_pair(__nv_bfloat16* to, float x, float y) {
+  *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(x, y);
+}
+
 // Merges what the splits found: with lse_i the log of split i's sum of exponentials,
 // lse = log sum_i exp(lse_i) and y = sum_i exp(lse_i - lse) y_i. A split without keys has lse_i =
 // -inf and never wrote a y_i.
@@ -35,8 +54,8 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   const int row = static_cast<int>(blockIdx.x) * kCombineRows + static_cast<int>(threadIdx.x) / 32;
   if (row >= p.rows) return;
 
-  const float* outputs =
-      static_cast<const float*>(a.workspace) + static_cast<int64_t>(row) * a.v_head_size;
+  const Element* outputs =
+      static_cast<const Element*>(a.workspace) + static_cast<int64_t>(row) * a.v_head_size;
   const float* logs = reinterpret_cast<const float*>(static_cast<const char*>(a.workspace) +
                                                      partial_outputs_bytes(p)) +
                       row;
@@ -66,21 +85,17 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
   for (int column = 2 * lane; column < a.v_head_size; column += 64) {
     float2 total{0.0f, 0.0f};
+#pragma unroll 4
     for (int split = 0; split < p.splits; ++split) {
       const float log = log_of(split);
       if (log == -tile::kInfinity) continue;
       const float weight = tile::exponential(log, anchor);
-      const float2 part = *reinterpret_cast<const float2*>(
-          outputs + static_cast<int64_t>(split) * p.rows * a.v_head_size + column);
+      const float2 part =
+          load_pair(outputs + static_cast<int64_t>(split) * p.rows * a.v_head_size + column);
       total.x = fmaf(weight, part.x, total.x);
       total.y = fmaf(weight, part.y, total.y);
     }
-    if constexpr (std::is_same_v<Element, float>) {
-      *reinterpret_cast<float2*>(y + column) = float2{total.x * factor, total.y * factor};
-    } else {
-      const uint32_t pair = tile::pack(total.x * factor, total.y * factor, Element{});
-      std::memcpy(static_cast<void*>(y + column), &pair, sizeof pair);
-    }
+    store_pair(y + column, total.x * factor, total.y * factor);
   }
 }
 

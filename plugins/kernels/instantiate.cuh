@@ -15,7 +15,7 @@ bool instantiate() {
     constexpr Variant kVariant = kVariants[index];
     if constexpr (kVariant.dtype == kDType && kVariant.min_sm == kMinSm &&
                   kVariant.tile.head_size == kD && kVariant.tile.v_head_size == kV) {
-      registry().attention[index] = &attention_kernel<kVariant>;
+      registry().attention[index] = &attention_kernel<index>;
       registry().shared_bytes[index] = sizeof(typename Traits<kVariant>::SharedStorage);
     }
   };

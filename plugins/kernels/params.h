@@ -16,10 +16,12 @@ struct KernelParams {
 
 constexpr int kCombineRows = 4;  // rows of one block of the combine kernel
 
-// With more than one split, the workspace holds each split's normalised float32 outputs
-// (splits, B Hkv, S group, V), then their logs of sums of exponentials (splits, B Hkv, S group).
+// With more than one split, the workspace holds each split's outputs, in the type of y and already
+// divided by their sums (splits, B Hkv, S group, V), then the float32 logs of the sums (splits, B Hkv,
+// S group). Outputs of 16 bits cost a rounding, and half of the bytes that splitting adds.
 constexpr size_t partial_outputs_bytes(const KernelParams& p) {
-  return sizeof(float) * static_cast<size_t>(p.splits) * static_cast<size_t>(p.rows) *
+  const size_t element_bytes = p.attention.dtype == DType::kFloat32 ? 4 : 2;
+  return element_bytes * static_cast<size_t>(p.splits) * static_cast<size_t>(p.rows) *
          static_cast<size_t>(p.attention.v_head_size);
 }
 constexpr size_t partials_bytes(const KernelParams& p) {

@@ -88,9 +88,8 @@ Plan make_plan(const AttentionParams& a, const Device& device,
   const Tile& tile = kVariants[chosen].tile;
   const int64_t row_tiles = divide_up(rows, tile.block_rows);
   const int64_t blocks = row_tiles * kv_heads;
-  const int per_sm = std::clamp((device.shared_bytes + 1024) / (shared_bytes[chosen] + 1024), 1, 2);
   const int64_t key_tiles = divide_up(visible_span(a, tile, group), tile.block_keys);
-  const int splits = choose_splits(blocks, int64_t{device.sm_count} * per_sm,
+  const int splits = choose_splits(blocks, device.sm_count,
                                    static_cast<int>(std::min<int64_t>(key_tiles, 1 << 20)));
 
   Plan plan{chosen, {}, static_cast<unsigned>(blocks * splits), 0};

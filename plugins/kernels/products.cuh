@@ -71,9 +71,7 @@ class TensorCoreProducts {
   __device__ __forceinline__ void scores(Scores<Traits>& s, const typename Traits::QueryTile& q,
                                          const typename Traits::KeyTile& k,
                                          const tile::KeyRange& live) const {
-    // Fragments of queries that come from shared memory come a panel of columns at a time: fully
-    // unrolled, the compiler loads more of them ahead than there are registers.
-#pragma unroll(Traits::kQueriesInRegisters || kDepthSteps <= 6 ? kDepthSteps : 2)
+#pragma unroll(kUnroll)
     for (int step = 0; step < kDepthSteps; ++step) {
       uint32_t loaded[Traits::kRowFragments][4];
       if constexpr (!Traits::kQueriesInRegisters) load_queries(loaded, q, step);
@@ -134,7 +132,7 @@ class TensorCoreProducts {
                                              const typename Traits::SharedStorage& storage,
                                              const typename Traits::ValueTile& v,
                                              const tile::KeyRange& live) const {
-#pragma unroll
+#pragma unroll(kKeyUnroll)
     for (int key = 0; key < Traits::kBlockKeys; key += tile::kFragmentDepth) {
       if (kEdge && !live.meets(key, tile::kFragmentDepth)) continue;
       uint32_t a[Traits::kRowFragments][4];
@@ -175,6 +173,12 @@ class TensorCoreProducts {
 
  private:
   static constexpr int kDepthSteps = Traits::kD / tile::kFragmentDepth;
+  // Probabilities in registers are picked by constants; those in shared memory need not be.
+  static constexpr int kKeyUnroll =
+      Traits::kSharesProbabilities && Traits::kV > 256 ? 1 : Traits::kBlockKeys;
+  // Queries from shared memory come a few columns at a time: fully unrolled, the compiler loads more
+  // of them ahead than there are registers.
+  static constexpr int kUnroll = Traits::kQueriesInRegisters || kDepthSteps <= 6 ? kDepthSteps : 2;
 
   __device__ __forceinline__ void load_queries(uint32_t (&a)[Traits::kRowFragments][4],
                                                const typename Traits::QueryTile& q,

@@ -101,10 +101,10 @@ inline constexpr Tile kAmpereTiles[] = {
     {256, 256, 16, 64, 1, 4, 1, false},
     {256, 256, 64, 32, 4, 1, 1, false},
     {288, 256, 16, 64, 1, 4, 2, true},
-    {288, 256, 64, 32, 4, 1, 2, true},
+    {288, 256, 64, 32, 4, 2, 2, true},
     {576, 512, 16, 32, 1, 4, 2, true},
     {576, 512, 32, 16, 2, 2, 2, true},
-    {576, 512, 64, 32, 4, 4, 2, true},
+    {576, 512, 64, 32, 4, 2, 2, true},
 };
 
 // float32 multiplies on the CUDA cores: the reference on the device.
