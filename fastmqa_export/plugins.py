@@ -80,7 +80,7 @@ def sources() -> Path:
     Raises:
         MissingDependencyError: if this installation has none.
     """
-    places = [PACKAGE / "plugins", PACKAGE.parent / "plugins"]
+    places = [PACKAGE / "kernel_sources", PACKAGE.parent / "plugins"]
     for folder in places:
         if (folder / "include" / "fastmqa" / "attention.h").is_file():
             return folder

@@ -2,10 +2,11 @@
 """How a call becomes launches: which tile, how many splits (plugins/kernels/plan.cpp)."""
 
 import random
+import re
 
 import pytest
 import torch
-from emulated import ALL_VARIANTS, SHARED_BYTES, build, missing
+from emulated import ALL_VARIANTS, ROOT, SHARED_BYTES, build, missing
 
 from fastmqa_export.config import AttentionAttributes
 from fastmqa_export.errors import ConfigError
@@ -124,3 +125,17 @@ def test_sizes_that_overflow_are_refused(library):
         plan(library, "a100", 1, 1, 1, 1, (1 << 30) + 1, 64)
     with pytest.raises(ConfigError, match="2\\^30"):
         plan(library, "a100", 64, 64, 1, 1 << 20, 64, 64)
+
+
+def test_the_documentation_lists_what_is_built(library):
+    built: dict[tuple[str, int], list[str]] = {}
+    for v in library.variants():
+        row = built.setdefault((v["dtype"], v["min_sm"]), [])
+        if (size := f"{v['head_size']}/{v['v_head_size']}") not in row:
+            row.append(size)
+    # Code for SM75 and for newer GPUs is one row where the sizes are the same.
+    if built["float16", 80] == built["float16", 75]:
+        del built["float16", 80]
+    rows = {f"| {dtype} | SM{sm} | {', '.join(sizes)} |" for (dtype, sm), sizes in built.items()}
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    assert rows == set(re.findall(r"^\| b?float\d+ \|.*\|$", page, re.MULTILINE))

@@ -85,8 +85,8 @@ def test_sources_are_those_of_the_wheel_or_of_the_clone(clone):
         plugins.sources()
     put(clone / "plugins" / "include" / "fastmqa" / "attention.h")
     assert plugins.sources() == clone / "plugins"
-    put(clone / "fastmqa_export" / "plugins" / "include" / "fastmqa" / "attention.h")
-    assert plugins.sources() == clone / "fastmqa_export" / "plugins"
+    put(clone / "fastmqa_export" / "kernel_sources" / "include" / "fastmqa" / "attention.h")
+    assert plugins.sources() == clone / "fastmqa_export" / "kernel_sources"
 
 
 def test_this_clone_has_its_sources(monkeypatch):

@@ -60,8 +60,8 @@ FAULTS = {
     ),
     "a split forgets to rescale": (
         "kernels/combine.cuh",
-        "const float weight = tile::exponential(log, anchor);",
-        "const float weight = 1.0f;",
+        "weights[i] = tile::exponential(weights[i], anchor);",
+        "weights[i] = weights[i] == -tile::kInfinity ? 0.0f : 1.0f;",
     ),
     "outputs are not rescaled": (
         "kernels/mainloop.cuh",

@@ -59,14 +59,22 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   const float* logs = reinterpret_cast<const float*>(static_cast<const char*>(a.workspace) +
                                                      partial_outputs_bytes(p)) +
                       row;
-  const auto log_of = [&](int split) { return logs[static_cast<int64_t>(split) * p.rows]; };
 
+  // Lane l looks after the splits l, l + 32, ...: their share of the result.
+  float weights[kMostSplits / 32];
   float largest = -tile::kInfinity;
-  for (int split = lane; split < p.splits; split += 32) largest = fmaxf(largest, log_of(split));
+#pragma unroll
+  for (int i = 0; i < kMostSplits / 32; ++i) {
+    const int split = lane + 32 * i;
+    weights[i] = split < p.splits ? logs[static_cast<int64_t>(split) * p.rows] : -tile::kInfinity;
+    largest = fmaxf(largest, weights[i]);
+  }
   const float anchor = tile::anchor(warp_max(largest));
   float sum = 0.0f;
-  for (int split = lane; split < p.splits; split += 32) {
-    sum += tile::exponential(log_of(split), anchor);
+#pragma unroll
+  for (int i = 0; i < kMostSplits / 32; ++i) {
+    weights[i] = tile::exponential(weights[i], anchor);
+    sum += weights[i];
   }
   sum = warp_sum(sum);
 
@@ -83,19 +91,22 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   auto* y = static_cast<Element*>(a.y) + batch * a.y_strides.batch + head * a.y_strides.head +
             position * a.y_strides.row;
   const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
-  for (int column = 2 * lane; column < a.v_head_size; column += 64) {
+  for (int first = 0; first < a.v_head_size; first += 64) {
+    const int column = first + 2 * lane;
     float2 total{0.0f, 0.0f};
-#pragma unroll 4
-    for (int split = 0; split < p.splits; ++split) {
-      const float log = log_of(split);
-      if (log == -tile::kInfinity) continue;
-      const float weight = tile::exponential(log, anchor);
-      const float2 part =
-          load_pair(outputs + static_cast<int64_t>(split) * p.rows * a.v_head_size + column);
-      total.x = fmaf(weight, part.x, total.x);
-      total.y = fmaf(weight, part.y, total.y);
+#pragma unroll
+    for (int i = 0; i < kMostSplits / 32; ++i) {
+      const int count = min(32, p.splits - 32 * i);
+      for (int j = 0; j < count; ++j) {
+        const float weight = __shfl_sync(0xffffffffu, weights[i], j);
+        if (weight == 0.0f || column >= a.v_head_size) continue;
+        const int64_t split = 32 * i + j;
+        const float2 part = load_pair(outputs + split * p.rows * a.v_head_size + column);
+        total.x = fmaf(weight, part.x, total.x);
+        total.y = fmaf(weight, part.y, total.y);
+      }
     }
-    store_pair(y + column, total.x * factor, total.y * factor);
+    if (column < a.v_head_size) store_pair(y + column, total.x * factor, total.y * factor);
   }
 }
 

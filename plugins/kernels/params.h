@@ -14,7 +14,8 @@ struct KernelParams {
   int32_t rows;       // B H S
 };
 
-constexpr int kCombineRows = 4;  // rows of one block of the combine kernel
+constexpr int kCombineRows = 4;   // rows of one block of the combine kernel
+constexpr int kMostSplits = 128;  // a multiple of 32: its lanes share them
 
 // With more than one split, the workspace holds each split's outputs, in the type of y and already
 // divided by their sums (splits, B Hkv, S group, V), then the float32 logs of the sums (splits, B Hkv,

@@ -9,7 +9,6 @@ namespace {
 
 // Fewer tiles than this are not worth a second block and its part of the workspace.
 constexpr int kLeastTilesOfSplit = 2;
-constexpr int kMostSplits = 128;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
