@@ -51,6 +51,7 @@ class Run:
     mma_ratio: float
     bytes_ratio: float
     workspace_ratio: float
+    touched_ratio: float
     error_ratio: float
     seconds: float
 
@@ -122,10 +123,13 @@ def least_mma(case: emit.Case, variant: dict[str, Any]) -> int:
     return int(case.B * case.Hkv * (scores + outputs))
 
 
-def least_bytes(case: emit.Case, variant: dict[str, Any]) -> int:
-    """Q and y once; keys and values once per tile of rows, of key tiles with a live score."""
+def least_bytes(case: emit.Case, variant: dict[str, Any], *, once: bool = False) -> int:
+    """Q and y once; keys and values once per tile of rows, of key tiles with a live score.
+
+    ``once``: once for all tiles of rows.
+    """
     seen = live(case)
-    tiles = blocked(seen, variant["block_rows"], variant["block_keys"])
+    tiles = blocked(seen, len(seen) if once else variant["block_rows"], variant["block_keys"])
     keys = np.minimum(
         variant["block_keys"], case.T - np.arange(tiles.shape[1]) * variant["block_keys"]
     )
@@ -186,6 +190,7 @@ def run(arch: str, case: emit.Case, plan: dict[str, Any], ptx: str) -> Run:
         mma_ratio=main.mma / least_mma(case, variant),
         bytes_ratio=(sectors * SECTOR_BYTES - workspace) / least,
         workspace_ratio=workspace / least,
+        touched_ratio=main.global_unique_bytes / least_bytes(case, variant, once=True),
         error_ratio=measure(y, expected, dtype).max_abs / limit,
         seconds=time.perf_counter() - started,
     )  # fmt: skip
@@ -210,11 +215,13 @@ def table(runs: list[Run]) -> str:
         "- *splits*: what the workspace adds to that, written by the attention kernel and read by "
         "the combine kernel. The first rows are whole decodes, of 16 MB of keys and values, "
         "planned for a T4's 40 or an A100's 108 SMs; in the others, made for 2 SMs, keys are few.",
+        "- *touched*: different bytes that the attention kernel touches, against q, y, and k and v "
+        "once: what a cache that holds the rest would still have to move.",
         "- *error*: of y against the float64 oracle, in parts of the budget.",
         "",
         "| arch | dtype | D/V | rows × keys | warps | stages | case | splits | mma | of least | "
-        "bytes of least | splits add | error | wavefronts |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "bytes of least | splits add | touched | error | wavefronts |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in runs:
         v = r.variant
@@ -222,7 +229,8 @@ def table(runs: list[Run]) -> str:
             f"| {r.arch} | {v['dtype']} | {v['head_size']}/{v['v_head_size']} | "
             f"{v['block_rows']} × {v['block_keys']} | {v['warps_rows']} × {v['warps_keys']} | "
             f"{v['stages']} | {r.case} | {r.splits} | {r.mma} | {r.mma_ratio:.2f} | "
-            f"{r.bytes_ratio:.3f} | {r.workspace_ratio:.3f} | {r.error_ratio:.2f} | "
+            f"{r.bytes_ratio:.3f} | {r.workspace_ratio:.3f} | {r.touched_ratio:.3f} | "
+            f"{r.error_ratio:.2f} | "
             f"{r.wavefronts} |"
         )
     return "\n".join(lines) + "\n"
@@ -258,7 +266,8 @@ def main() -> None:
             print(
                 f"{len(runs)}/{len(work)} {arch} {json.dumps(r.variant['index'])} {r.case}: "
                 f"races {r.races} conflicts {r.conflicts} mma {r.mma_ratio:.2f} bytes "
-                f"{r.bytes_ratio:.3f} +{r.workspace_ratio:.3f} error {r.error_ratio:.2f} "
+                f"{r.bytes_ratio:.3f} +{r.workspace_ratio:.3f} "
+                f"touched {r.touched_ratio:.3f} error {r.error_ratio:.2f} "
                 f"({r.seconds:.1f} s)",
                 file=sys.stderr, flush=True,
             )  # fmt: skip

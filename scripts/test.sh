@@ -27,6 +27,9 @@ check() {
 check ruff check .
 check ruff format --check .
 check mypy
+echo "== clang-format"
+find plugins tests -regex '.*\.\(h\|hpp\|cuh\|cpp\|cu\)' -print0 |
+  xargs -0 .venv/bin/clang-format --dry-run -Werror
 echo "== scripts/build_kernels.sh"
 scripts/build_kernels.sh
 check pytest "$@"

@@ -27,7 +27,7 @@ PLUGINS = ROOT / "plugins"
 ALL_VARIANTS = sorted((PLUGINS / "kernels" / "instantiations").glob("*float*.cu"))
 
 #: Devices by SM: shared memory of a block as each has it.
-SHARED_BYTES = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 90: 227 << 10}
+SHARED_BYTES = {70: 96 << 10, 75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 90: 227 << 10}
 
 _FLAGS = (
     *("-std=c++20", "-O1", "-g0", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),

@@ -57,8 +57,8 @@ void attend(const AttentionParams& p, int64_t b, int64_t h, int64_t s) {
     scores[static_cast<size_t>(t)] = x;
     largest = std::max(largest, x);
   }
-  auto* y = static_cast<float*>(p.y) + b * p.y_strides.batch + h * p.y_strides.head +
-            s * p.y_strides.row;
+  auto* y =
+      static_cast<float*>(p.y) + b * p.y_strides.batch + h * p.y_strides.head + s * p.y_strides.row;
   std::vector<double> total(static_cast<size_t>(p.v_head_size));
   for (int64_t t = 0; t < length; ++t) {
     const double x = scores[static_cast<size_t>(t)];

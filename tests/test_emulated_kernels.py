@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Every case on every generation of the CUDA kernels, their source compiled for the host."""
 
+import ctypes
 import dataclasses
 import itertools
 
@@ -8,9 +9,11 @@ import pytest
 import torch
 from budgets import assert_within_budget, oracle
 from cases import HALF_SOFTMAX_CASES, KERNEL_CASES, Case
-from emulated import ALL_VARIANTS, EmulatedKernels, build, missing
+from emulated import ALL_VARIANTS, SHARED_BYTES, EmulatedKernels, build, missing
 
+from fastmqa_export.config import OP_INPUTS
 from fastmqa_export.errors import ConfigError
+from fastmqa_export.kernels import AttentionParams, Device, make_call
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
@@ -208,9 +211,64 @@ REFUSED = {
 def test_what_no_variant_covers_is_refused_with_those_that_are_near(kernels, name):
     case, sm, message = REFUSED[name]
     tensors = case.tensors(torch.bfloat16)
-    from emulated import SHARED_BYTES
-
-    SHARED_BYTES.setdefault(70, 48 << 10)
     with pytest.raises(ConfigError) as error:
         kernels.run(tensors, case.attributes(), sm=sm)
     assert message in str(error.value)
+
+
+def _address(name: str, value: int | None):
+    return lambda params: setattr(params, name, value)
+
+
+def _stride(name: str, axis: str, value: int):
+    return lambda params: setattr(getattr(params, name), axis, value)
+
+
+#: What is put into the arguments of a valid call, and what the library says of it.
+BAD_ARGUMENTS = {
+    "q is null": (_address("q", None), "q is a null pointer"),
+    "y is null": (_address("y", None), "y is a null pointer"),
+    "k is misaligned": (_address("k", 1 << 20 | 8), "k at 0x100008 is not aligned to 16 bytes"),
+    "lse is misaligned": (_address("lse", 2), "lse at 0x2 is not aligned to 4 bytes"),
+    "lengths are misaligned": (_address("kv_lengths", 6), "kv_lengths at 0x6 is not aligned"),
+    "a stride": (_stride("v_strides", "row", 68), "v has a row stride of 68 elements; it must"),
+    "no batch": (_address("batch", 0), "B (batch) is 0; it must be at least 1"),
+    "negative keys": (_address("keys", -5), "T (keys) is -5; it must be at least 1"),
+    "heads": (_address("kv_heads", 3), "H=4 query heads are not a multiple of Hkv=3"),
+    "head size": (_address("head_size", 60), "both must be multiples of 8"),
+    "dtype": (_address("dtype", 11), "dtype 11 is none of float16 (10), bfloat16 (16), float32"),
+    "mask without a type": (_address("attn_mask", 64), "attn_mask at 0x40 with mask_dtype none"),
+    "a mask's type": (_address("mask_dtype", 16), "attn_mask is bfloat16 (16); it may be bool"),
+    "window": (_address("window_left", -2), "window -2, -1: a number of keys >= 0"),
+    "scale": (_address("scale", float("nan")), "scale nan, softcap 0: both must be finite"),
+    "softcap": (_address("softcap", -1.0), "softcap -1: both must be finite, softcap >= 0"),
+    "precision": (_address("softmax_precision", 16), "softmax_precision 16 with float16"),
+    "too many rows": (_address("queries", 1 << 30), "split the batch"),
+    "too many keys": (_address("keys", (1 << 30) + 1), "at most 2^30 keys"),
+    "no workspace": (lambda params: None, "workspace is null; this call needs 1056 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_bad_arguments_are_refused_before_the_launch(kernels, name):
+    spoil, message = BAD_ARGUMENTS[name]
+    case = Case(name="bad", B=1, H=4, Hkv=1, S=1, T=300, D=64, V=64)
+    tensors = case.tensors(torch.float16)
+    call = make_call(
+        *(tensors.get(n) for n in OP_INPUTS), attributes=case.attributes(), return_lse=True
+    )
+    call.y.fill_(7)
+    spoil(call.params)
+    library, device = kernels.library, Device(80, 40, SHARED_BYTES[80])
+    with pytest.raises(ConfigError) as error:
+        library._check(library.library.fastmqa_run, call.params, device, 0)
+    assert message in str(error.value)
+    assert (call.y == 7).all(), "nothing was launched"
+
+
+def test_a_text_never_overflows(kernels):
+    params, device = AttentionParams(), Device(80, 40, SHARED_BYTES[80])
+    text = ctypes.create_string_buffer(b"x" * 20, 20)
+    assert kernels.library.library.fastmqa_run(params, device, 0, text, 10) == 1
+    assert text.raw == b"B (batch)\0" + b"x" * 10
+    assert kernels.library.library.fastmqa_run(params, device, 0, None, 0) == 1

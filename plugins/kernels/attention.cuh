@@ -89,14 +89,14 @@ class Epilogue {
       }
       __syncthreads();
       using OutputTile = typename Traits::OutputTile;
-      OutputTile::template for_each_chunk<Traits::kThreads>([&](int, int row, int base,
-                                                                int offset) {
-        const int column = (base + offset) * OutputTile::kPerChunk;
-        if (row < work_.rows && column < a.v_head_size) {
-          *reinterpret_cast<uint4*>(place(row) + column) =
-              *reinterpret_cast<const uint4*>(tile.chunk(row, base, offset));
-        }
-      });
+      OutputTile::template for_each_chunk<Traits::kThreads>(
+          [&](int, int row, int base, int offset) {
+            const int column = (base + offset) * OutputTile::kPerChunk;
+            if (row < work_.rows && column < a.v_head_size) {
+              *reinterpret_cast<uint4*>(place(row) + column) =
+                  *reinterpret_cast<const uint4*>(tile.chunk(row, base, offset));
+            }
+          });
     } else {
       for_each_row(loop, [&](int i, int row) {
         float* to = place(row);

@@ -9,8 +9,8 @@
 namespace fastmqa {
 namespace {
 
-constexpr int kVectorBytes = 16;         // of every access to q, k, v and y
-constexpr int64_t kMostRows = 1 << 30;   // row and key numbers, and blocks, are 32-bit
+constexpr int kVectorBytes = 16;        // of every access to q, k, v and y
+constexpr int64_t kMostRows = 1 << 30;  // row and key numbers, and blocks, are 32-bit
 
 int bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
@@ -23,7 +23,8 @@ struct Operand {
 };
 
 Status check_operand(const Operand& operand, const AttentionParams& a) {
-  if (operand.pointer == nullptr) return failure(Code::kInvalid, "%s is a null pointer", operand.name);
+  if (operand.pointer == nullptr)
+    return failure(Code::kInvalid, "%s is a null pointer", operand.name);
   if (reinterpret_cast<uintptr_t>(operand.pointer) % kVectorBytes != 0) {
     return failure(Code::kInvalid, "%s at %p is not aligned to %d bytes; copy it to memory that is",
                    operand.name, operand.pointer, kVectorBytes);
@@ -81,9 +82,12 @@ Status check_sizes(const AttentionParams& a) {
   const struct {
     const char* name;
     int32_t size;
-  } sizes[] = {{"B (batch)", a.batch},         {"H (heads)", a.heads},
-               {"Hkv (kv_heads)", a.kv_heads}, {"S (queries)", a.queries},
-               {"T (keys)", a.keys},           {"D (head_size)", a.head_size},
+  } sizes[] = {{"B (batch)", a.batch},
+               {"H (heads)", a.heads},
+               {"Hkv (kv_heads)", a.kv_heads},
+               {"S (queries)", a.queries},
+               {"T (keys)", a.keys},
+               {"D (head_size)", a.head_size},
                {"V (v_head_size)", a.v_head_size}};
   for (const auto& [name, size] : sizes) {
     if (size < 1) return failure(Code::kInvalid, "%s is %d; it must be at least 1", name, size);
@@ -111,7 +115,8 @@ Status check_sizes(const AttentionParams& a) {
                    a.batch, a.heads, a.queries, a.keys);
   }
   if (a.dtype != DType::kFloat16 && a.dtype != DType::kBFloat16 && a.dtype != DType::kFloat32) {
-    return failure(Code::kUnsupported, "dtype %d is none of float16 (10), bfloat16 (16), float32 (1)",
+    return failure(Code::kUnsupported,
+                   "dtype %d is none of float16 (10), bfloat16 (16), float32 (1)",
                    static_cast<int>(a.dtype));
   }
   if (a.mask_dtype != DType::kNone && a.mask_dtype != DType::kBool &&

@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   const int head = kv_head * p.group + group_row % p.group;
   const int position = group_row / p.group;
   if (lane == 0 && a.lse != nullptr) {
-    a.lse[batch * a.lse_strides.batch + head * a.lse_strides.head +
-          position * a.lse_strides.row] = anchor + logf(sum);
+    a.lse[batch * a.lse_strides.batch + head * a.lse_strides.head + position * a.lse_strides.row] =
+        anchor + logf(sum);
   }
 
   auto* y = static_cast<Element*>(a.y) + batch * a.y_strides.batch + head * a.y_strides.head +

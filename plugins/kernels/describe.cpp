@@ -75,8 +75,9 @@ std::string describe_launch(const char* kernel, unsigned grid, int block, int sh
     std::memset(place, 0, sizeof address);
     // Values in k that are read a second time are k's.
     const bool is_k = address == params.attention.k && std::string(tensor) == "v";
-    pointers += (pointers.empty() ? "" : ", ") + quoted(number(static_cast<int64_t>(offset)).c_str()) +
-                ": " + quoted(is_k ? "k" : tensor);
+    pointers += (pointers.empty() ? "" : ", ") +
+                quoted(number(static_cast<int64_t>(offset)).c_str()) + ": " +
+                quoted(is_k ? "k" : tensor);
   }
   return "{\"kernel\": " + quoted(kernel) + ", \"grid\": " + number(grid) +
          ", \"block\": " + number(block) + ", \"shared_bytes\": " + number(shared_bytes) +
@@ -100,12 +101,12 @@ Status no_variant(const AttentionParams& a, const Device& device, const Registry
              number(variant.tile.v_head_size) + (variant.tile.values_in_k ? " (values in k)" : "");
   }
   if (sizes.empty()) sizes = "none (bfloat16 needs SM80)";
-  return failure(Code::kUnsupported,
-                 "%s with head sizes D=%d, V=%d%s is not built for SM%d with %d KB of shared memory; "
-                 "built for %s there, D/V: %s; smaller sizes run in the next larger",
-                 name_of(a.dtype), a.head_size, a.v_head_size,
-                 a.v == nullptr ? " (values in k)" : "", device.sm, device.shared_bytes >> 10,
-                 name_of(a.dtype), sizes.c_str());
+  return failure(
+      Code::kUnsupported,
+      "%s with head sizes D=%d, V=%d%s is not built for SM%d with %d KB of shared memory; "
+      "built for %s there, D/V: %s; smaller sizes run in the next larger",
+      name_of(a.dtype), a.head_size, a.v_head_size, a.v == nullptr ? " (values in k)" : "",
+      device.sm, device.shared_bytes >> 10, name_of(a.dtype), sizes.c_str());
 }
 
 std::string describe(const Status& status, const Plan& plan, const Registry& registry) {

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
 //
 // attention.h: from arguments to launches.
-#include <fastmqa/arch/launch.cuh>
 #include <fastmqa/attention.h>
+
+#include <fastmqa/arch/launch.cuh>
 
 #include "call.h"
 
@@ -22,7 +23,8 @@ Kernel combine_of(DType dtype) {
 
 Status launch_status(const char* kernel, cudaError_t error) {
   if (error == cudaSuccess) return ok();
-  return failure(Code::kCudaError, "launch of the %s kernel: %s", kernel, cudaGetErrorString(error));
+  return failure(Code::kCudaError, "launch of the %s kernel: %s", kernel,
+                 cudaGetErrorString(error));
 }
 
 }  // namespace

@@ -9,7 +9,8 @@
 namespace fastmqa {
 
 // Attention of one block's rows over its keys, one tile of keys after the other
-// (FlashAttention-2, arXiv:2307.08691, algorithm 1). Prefill and decode, one head or many: the same.
+// (FlashAttention-2, arXiv:2307.08691, algorithm 1). Prefill and decode, one head or many: the
+// same.
 template <class Traits>
 class Mainloop {
  public:
@@ -110,7 +111,8 @@ class Mainloop {
 #pragma unroll
     for (int i = 0; i < Traits::kRowsPerLane; ++i) {
       const int row = lane_row(i);
-      const tile::KeyRange visible = row < work_.rows ? storage_.visible[row] : tile::KeyRange{0, 0};
+      const tile::KeyRange visible =
+          row < work_.rows ? storage_.visible[row] : tile::KeyRange{0, 0};
 #pragma unroll
       for (int j = 0; j < Traits::kKeyFragments; ++j) {
 #pragma unroll
@@ -199,8 +201,7 @@ class Mainloop {
     if constexpr (std::is_same_v<Element, __half>) {
       if (half_softmax()) {
         for_each_pair(s, [&](int i, int j, float first, float second) {
-          const __half2 pair =
-              tile::exponential_half(first, second, tile::anchor(softmax_.max[i]));
+          const __half2 pair = tile::exponential_half(first, second, tile::anchor(softmax_.max[i]));
           softmax_.sum[i] += __low2float(pair) + __high2float(pair);
           std::memcpy(&p[i / 2][j][i % 2], &pair, sizeof pair);
         });
@@ -231,9 +232,9 @@ class Mainloop {
 
   // Combines what the warps that share rows found for them.
   template <class Combine>
-  __device__ __forceinline__ void exchange(
-      float (&values)[Traits::kRowsPerLane],
-      float (&shared)[Traits::kWarpsKeys][Traits::kBlockRows], Combine combine) {
+  __device__ __forceinline__ void exchange(float (&values)[Traits::kRowsPerLane],
+                                           float (&shared)[Traits::kWarpsKeys][Traits::kBlockRows],
+                                           Combine combine) {
     if (tile::lane_id() % 4 == 0) {
 #pragma unroll
       for (int i = 0; i < Traits::kRowsPerLane; ++i) shared[share_.index][lane_row(i)] = values[i];

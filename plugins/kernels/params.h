@@ -18,8 +18,8 @@ constexpr int kCombineRows = 4;   // rows of one block of the combine kernel
 constexpr int kMostSplits = 128;  // a multiple of 32: its lanes share them
 
 // With more than one split, the workspace holds each split's outputs, in the type of y and already
-// divided by their sums (splits, B Hkv, S group, V), then the float32 logs of the sums (splits, B Hkv,
-// S group). Outputs of 16 bits cost a rounding, and half of the bytes that splitting adds.
+// divided by their sums (splits, B Hkv, S group, V), then the float32 logs of the sums (splits, B
+// Hkv, S group). Outputs of 16 bits cost a rounding, and half of the bytes that splitting adds.
 constexpr size_t partial_outputs_bytes(const KernelParams& p) {
   const size_t element_bytes = p.attention.dtype == DType::kFloat32 ? 4 : 2;
   return element_bytes * static_cast<size_t>(p.splits) * static_cast<size_t>(p.rows) *

@@ -109,9 +109,8 @@ class Pipeline {
                                                 const Work<Traits>& work) {
     const auto* q = static_cast<const Element*>(a.q) + work.batch * a.q_strides.batch;
     queries_.issue(storage_.q, a.head_size / Traits::QueryTile::kPerChunk, [&](int row) {
-      return Row{
-          q + work.head(row) * a.q_strides.head + work.position(row) * a.q_strides.row,
-          row < work.rows};
+      return Row{q + work.head(row) * a.q_strides.head + work.position(row) * a.q_strides.row,
+                 row < work.rows};
     });
     queries_.commit();
     // Registers hold one tile at a time.

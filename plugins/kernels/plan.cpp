@@ -30,9 +30,9 @@ int64_t visible_span(const AttentionParams& a, const Tile& tile, int group) {
                            int64_t{a.window_left} + a.window_right + positions + tile.block_keys);
 }
 
-// The smallest tile that holds all rows of a KV head, so that keys are read once. For more rows, the
-// largest tile that gives every SM a block; where none does, the largest for a decode's few rows,
-// whose keys can be split instead, and else the smallest but one.
+// The smallest tile that holds all rows of a KV head, so that keys are read once. For more rows,
+// the largest tile that gives every SM a block; where none does, the largest for a decode's few
+// rows, whose keys can be split instead, and else the smallest but one.
 int choose_tile(const std::vector<int>& candidates, int64_t rows, int64_t kv_heads, int sm_count) {
   const auto rows_of = [](int i) { return kVariants[i].tile.block_rows; };
   for (const int i : candidates) {

@@ -23,8 +23,9 @@ Plan make_plan(const AttentionParams& params, const Device& device,
                const std::array<int, kVariantCount>& shared_bytes);
 
 // How many parts to divide the keys into, so that `blocks` blocks per part keep `slots` SMs busy. A
-// second block per SM would not read faster: the tiles under way in one are more than the SM's share
-// of the bandwidth times the latency. But each part adds its outputs to what is written and read.
+// second block per SM would not read faster: the tiles under way in one are more than the SM's
+// share of the bandwidth times the latency. But each part adds its outputs to what is written and
+// read.
 int choose_splits(int64_t blocks, int64_t slots, int key_tiles);
 
 }  // namespace fastmqa

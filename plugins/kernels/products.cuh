@@ -176,8 +176,8 @@ class TensorCoreProducts {
   // Probabilities in registers are picked by constants; those in shared memory need not be.
   static constexpr int kKeyUnroll =
       Traits::kSharesProbabilities && Traits::kV > 256 ? 1 : Traits::kBlockKeys;
-  // Queries from shared memory come a few columns at a time: fully unrolled, the compiler loads more
-  // of them ahead than there are registers.
+  // Queries from shared memory come a few columns at a time: fully unrolled, the compiler loads
+  // more of them ahead than there are registers.
   static constexpr int kUnroll = Traits::kQueriesInRegisters || kDepthSteps <= 6 ? kDepthSteps : 2;
 
   __device__ __forceinline__ void load_queries(uint32_t (&a)[Traits::kRowFragments][4],

@@ -4,10 +4,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <fastmqa/arch/policy.h>
+
 #include <fastmqa/tile/fragment.cuh>
 #include <fastmqa/tile/mask.cuh>
 #include <fastmqa/tile/smem_tile.cuh>
-
 #include <type_traits>
 
 #include "variants.h"
@@ -78,8 +78,8 @@ struct Traits {
       std::conditional_t<kTensorCores, QueryTile, tile::NoTile> q;   // (block_rows, D)
       std::conditional_t<kTensorCores, OutputTile, tile::NoTile> y;  // (block_rows, V)
     };
-    KeyTile k[kStages];                                                  // (block_keys, D)
-    std::conditional_t<kValuesInK, tile::NoTile, ValueTile> v[kStages];  // (block_keys, V)
+    KeyTile k[kStages];                                                         // (block_keys, D)
+    std::conditional_t<kValuesInK, tile::NoTile, ValueTile> v[kStages];         // (block_keys, V)
     std::conditional_t<kSharesProbabilities, ProbabilityTile, tile::NoTile> p;  // (rows, keys)
     float row_max[kWarpsKeys > 1 ? kWarpsKeys : 1][kBlockRows];  // of one tile, per warp over keys
     float row_sum[kWarpsKeys > 1 ? kWarpsKeys : 1][kBlockRows];  // of all tiles, likewise

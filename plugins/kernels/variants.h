@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// The support matrix: every combination of type, head sizes and tile that is compiled. Whatever asks
-// "is this supported?" reads these rows.
+// The support matrix: every combination of type, head sizes and tile that is compiled. Whatever
+// asks "is this supported?" reads these rows.
 #pragma once
 
 #include <fastmqa/arch/policy.h>
@@ -37,6 +37,8 @@ struct Variant {
 
   constexpr bool operator==(const Variant&) const = default;
 };
+
+// clang-format off: tables
 
 // 64 KB of shared memory, no cp.async: one tile of K and V, the next one waits in registers.
 inline constexpr Tile kTuringTiles[] = {
@@ -117,13 +119,15 @@ inline constexpr Tile kFloat32Tiles[] = {
 // 74 KB of keys; in 64 KB, a warp would have more outputs than registers.
 inline constexpr Tile kFloat32AmpereTiles[] = {{576, 512, 16, 32, 1, 4, 1, true}};
 
-inline constexpr int kVariantCount =
-    std::size(kTuringTiles) + 2 * std::size(kAmpereTiles) + std::size(kFloat32Tiles) +
-    std::size(kFloat32AmpereTiles);
+// clang-format on
 
-// Of one type, those of smaller head sizes come first, then those with fewer rows. Of 128 rows there
-// are two: eight warps, of which those without rows rest, for a decode's heads; and four warps with
-// twice the rows each, which read half as much from shared memory per product, for prefill.
+inline constexpr int kVariantCount = std::size(kTuringTiles) + 2 * std::size(kAmpereTiles) +
+                                     std::size(kFloat32Tiles) + std::size(kFloat32AmpereTiles);
+
+// Of one type, those of smaller head sizes come first, then those with fewer rows. Of 128 rows
+// there are two: eight warps, of which those without rows rest, for a decode's heads; and four
+// warps with twice the rows each, which read half as much from shared memory per product, for
+// prefill.
 inline constexpr auto kVariants = [] {
   std::array<Variant, kVariantCount> variants{};
   int count = 0;

@@ -18,13 +18,13 @@ struct Work {
   int kv_head;
   int split;
   int first_row;
-  int rows;                // in this tile, at most kBlockRows
+  int rows;  // in this tile, at most kBlockRows
   int group;
-  int length;              // valid keys of this sequence
-  int64_t start;           // position of its first query
+  int length;     // valid keys of this sequence
+  int64_t start;  // position of its first query
   int window_left, window_right;
-  tile::KeyRange keys;     // seen by some row
-  tile::KeyRange common;   // seen by every row
+  tile::KeyRange keys;        // seen by some row
+  tile::KeyRange common;      // seen by every row
   int first_tile, last_tile;  // of this split, in tiles of kBlockKeys keys; last not included
 
   __device__ explicit Work(const KernelParams& p) {
@@ -63,9 +63,7 @@ struct Work {
   __device__ void forget_rows() { group = ptx::opaque(group); }
 
   __device__ int position(int row) const { return (first_row + row) / group; }
-  __device__ int head(int row) const {
-    return kv_head * group + (first_row + row) % group;
-  }
+  __device__ int head(int row) const { return kv_head * group + (first_row + row) % group; }
 
   // The keys that a row of this tile sees, mask aside.
   __device__ tile::KeyRange row_keys(int row) const {

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: MIT
 //
-// Every function of arch/ptx.cuh on given registers, lane by lane. test_conformance.py compiles this
-// file twice, for the host with the emulation and for a GPU, runs both and compares their outputs.
+// Every function of arch/ptx.cuh on given registers, lane by lane. test_conformance.py compiles
+// this file twice, for the host with the emulation and for a GPU, runs both and compares their
+// outputs.
 //
 //   conformance INPUTS OUTPUTS SM
 //
 // INPUTS is a file of struct Input, OUTPUTS becomes one of as many struct Output; SM is the GPU's
 // compute capability, 75 for 7.5.
-#include <fastmqa/arch/launch.cuh>
-#include <fastmqa/arch/ptx.cuh>
-
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fastmqa/arch/launch.cuh>
+#include <fastmqa/arch/ptx.cuh>
 
 namespace {
 
@@ -153,9 +153,9 @@ int main(int argc, char** argv) {
   if (count == 0 || read != count) return 2;
 
   const Params params{inputs, outputs, std::atoi(argv[3]) >= 80};
-  require(launch(conformance_kernel, static_cast<unsigned>(count), 32, sizeof(Shared), nullptr,
-                 params),
-          "launch");
+  require(
+      launch(conformance_kernel, static_cast<unsigned>(count), 32, sizeof(Shared), nullptr, params),
+      "launch");
   require(cudaDeviceSynchronize(), "kernel");
 
   file = std::fopen(argv[2], "wb");

@@ -312,9 +312,10 @@ cudaError_t run_grid(unsigned grid, unsigned block, size_t shared_bytes, void (*
   machine = own.get();
   error_text[0] = '\0';
   if (grid == 0 || block == 0 || block > kMaxThreads || block % 32 || shared_bytes > kMaxShared) {
-    report("launch of %u blocks of %u threads (whole warps, at most %u) with %zu bytes (at most "
-           "%zu)",
-           grid, block, kMaxThreads, shared_bytes, kMaxShared);
+    report(
+        "launch of %u blocks of %u threads (whole warps, at most %u) with %zu bytes (at most "
+        "%zu)",
+        grid, block, kMaxThreads, shared_bytes, kMaxShared);
     return cudaErrorInvalidConfiguration;
   }
   machine->failed = false;

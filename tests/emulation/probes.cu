@@ -26,7 +26,7 @@ __global__ void ldmatrix_kernel(const __grid_constant__ Params params) {
   std::memcpy(tile.rows[lane], static_cast<const char*>(params.in) + 16 * lane, 16);
   __syncwarp();
   const void* row = tile.rows[(5 * lane + 3) % 32];
-  auto* out = static_cast<uint32_t(*)[4]>(params.out)[lane];
+  auto* out = static_cast<uint32_t (*)[4]>(params.out)[lane];
   uint32_t four[4] = {}, two[2] = {};
   if (params.mode == 0) ptx::ldmatrix_x4(four, row);
   if (params.mode == 1) ptx::ldmatrix_x4_trans(four, row);
@@ -44,7 +44,7 @@ struct Fragments {
 __global__ void mma_kernel(const __grid_constant__ Params params) {
   const auto& in = *static_cast<const Fragments*>(params.in);
   const int lane = static_cast<int>(threadIdx.x);
-  auto& d = static_cast<float(*)[4]>(params.out)[lane];
+  auto& d = static_cast<float (*)[4]>(params.out)[lane];
   if (params.mode) {
     ptx::mma_16x8x16(d, in.a[lane], in.b[lane][0], in.b[lane][1], __nv_bfloat16{});
   } else {
@@ -198,8 +198,7 @@ int arithmetic(const void* in, void* out, int mode) {
 }
 
 int launch_threads(const void* in, void* out, int mode) {
-  return launch(stray_kernel, 1, static_cast<unsigned>(mode), sizeof(Tile), nullptr,
-                {in, out, 0});
+  return launch(stray_kernel, 1, static_cast<unsigned>(mode), sizeof(Tile), nullptr, {in, out, 0});
 }
 
 // The conversion that mma uses; in: `mode` float16, out: as many float32.

@@ -41,7 +41,7 @@ struct AttentionParams {
   const int32_t* q_start;     // (B,) position of the first query; null: length - S
   void* y;                    // (B, H, S, V), dtype
   float* lse;                 // (B, H, S) natural log of the sum of exponentials; null: not wanted
-  void* workspace;            // at least workspace_bytes(), 16-byte aligned; may be null if that is 0
+  void* workspace;  // at least workspace_bytes(), 16-byte aligned; may be null if that is 0
 
   Strides q_strides;
   Strides k_strides;

@@ -23,9 +23,8 @@ cudaError_t launch(void (*kernel)(Params), unsigned grid, unsigned block, size_t
                    cudaStream_t stream, const Params& params) {
   constexpr size_t kWithoutOptIn = 48 << 10;
   if (shared_bytes > kWithoutOptIn) {
-    if (const cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared_bytes))) {
+    if (const cudaError_t error = cudaFuncSetAttribute(
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes))) {
       return error;
     }
   }

@@ -12,7 +12,8 @@ constexpr int kAmpere = 80;
 // Whether global memory is copied to shared memory past the registers, by cp.async.
 constexpr bool has_async_copy(int sm) { return sm >= kAmpere; }
 
-// Shared memory that a block of every GPU of that generation may have: a T4's, and an A10's or L4's.
+// Shared memory that a block of every GPU of that generation may have: a T4's, and an A10's or
+// L4's.
 constexpr int least_shared_bytes(int sm) { return (sm >= kAmpere ? 99 : 64) << 10; }
 
 }  // namespace fastmqa

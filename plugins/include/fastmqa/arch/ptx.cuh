@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
 // Every PTX instruction that the kernels use, one function each; section names are those of the PTX
-// ISA 8.x manual. What an SM lacks is replaced here and nowhere else. The emulation of the tests has
-// a file of this name with the same functions (tests/emulation).
+// ISA 8.x manual. What an SM lacks is replaced here and nowhere else. The emulation of the tests
+// has a file of this name with the same functions (tests/emulation).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -88,8 +88,8 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4
 // "st.shared.v4": 16 bytes at once, which the compiler does not always make of a uint4.
 __device__ __forceinline__ void store_shared_16(void* shared, uint4 x) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x.x), "r"(x.y),
-               "r"(x.z), "r"(x.w)
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z),
+               "r"(x.w)
                : "memory");
 }
 

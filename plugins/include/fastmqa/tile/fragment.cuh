@@ -4,10 +4,9 @@
 // float32 values per lane: value i lies at row lane / 4 + 8 (i / 2), column 2 (lane % 4) + i % 2.
 #pragma once
 
+#include <cstring>
 #include <fastmqa/arch/ptx.cuh>
 #include <fastmqa/tile/smem_tile.cuh>
-
-#include <cstring>
 
 namespace fastmqa::tile {
 
@@ -32,8 +31,8 @@ template <class Tile>
 __device__ __forceinline__ void load_right_pair(uint32_t (&b)[4], const Tile& tile, int row,
                                                 int column) {
   const int lane = lane_id();
-  ptx::ldmatrix_x4(b, tile.chunk(row + lane % 8 + lane / 16 * 8, column / Tile::kPerChunk,
-                                 lane / 8 % 2));
+  ptx::ldmatrix_x4(
+      b, tile.chunk(row + lane % 8 + lane / 16 * 8, column / Tile::kPerChunk, lane / 8 % 2));
 }
 
 template <class Tile>

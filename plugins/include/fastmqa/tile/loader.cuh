@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuda_runtime.h>
+
 #include <fastmqa/arch/ptx.cuh>
 #include <fastmqa/tile/smem_tile.cuh>
 

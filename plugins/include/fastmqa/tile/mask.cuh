@@ -6,8 +6,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#include <fastmqa/arch/ptx.cuh>
 #include <fastmqa/attention.h>
+
+#include <fastmqa/arch/ptx.cuh>
 #include <fastmqa/tile/softmax.cuh>
 
 namespace fastmqa::tile {

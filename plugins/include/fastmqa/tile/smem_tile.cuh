@@ -2,8 +2,9 @@
 #pragma once
 
 #include <cuda_runtime.h>
-#include <fastmqa/arch/ptx.cuh>
 #include <fastmqa/tile/swizzle.h>
+
+#include <fastmqa/arch/ptx.cuh>
 
 namespace fastmqa::tile {
 
