@@ -62,7 +62,7 @@ def test_a_long_decode_gives_every_sm_a_part_of_the_keys(library, gpu, h, hkv, d
     for batch in (1, 2, 5):
         chosen = plan(library, gpu, batch, h, hkv, 1, 65536, d)
         blocks = chosen["launches"][0]["grid"]
-        assert blocks >= 0.8 * GPUS[gpu][1]
+        assert blocks >= 0.75 * GPUS[gpu][1]
         assert blocks == chosen["splits"] * batch * hkv
 
 

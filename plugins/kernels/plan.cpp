@@ -10,6 +10,9 @@ namespace {
 // Fewer tiles than this are not worth a second block and its part of the workspace.
 constexpr int kLeastTilesOfSplit = 2;
 
+// Memory is busy before all SMs are, and every part costs bytes. To be measured on a GPU.
+constexpr double kEnoughUse = 0.8;
+
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 bool covers(const Variant& variant, const AttentionParams& a, const Device& device) {
@@ -49,9 +52,9 @@ int choose_tile(const std::vector<int>& candidates, int64_t rows, int64_t kv_hea
 
 int choose_splits(int64_t blocks, int64_t slots, int key_tiles) {
   const int most = std::min(kMostSplits, key_tiles / kLeastTilesOfSplit);
-  if (blocks * 5 >= slots * 4 || most < 2) return 1;
+  if (most < 2 || static_cast<double>(blocks) >= kEnoughUse * static_cast<double>(slots)) return 1;
   // Blocks run in waves of `slots`; the last one may leave places empty. Of the divisions that come
-  // within 15 % of the best use, the one with the fewest parts.
+  // close to the best use, the one with the fewest parts.
   const auto use = [&](int splits) {
     const int64_t total = blocks * splits;
     return static_cast<double>(total) / static_cast<double>(divide_up(total, slots) * slots);
@@ -59,7 +62,7 @@ int choose_splits(int64_t blocks, int64_t slots, int key_tiles) {
   double best = 0;
   for (int splits = 1; splits <= most; ++splits) best = std::max(best, use(splits));
   int splits = 1;
-  while (use(splits) < 0.85 * best) ++splits;
+  while (use(splits) < kEnoughUse * best) ++splits;
   return splits;
 }
 
