@@ -67,8 +67,7 @@ class Epilogue {
   template <class Place>
   __device__ __forceinline__ void store_logs(const Mainloop<Traits>& loop, Place place) const {
     for_each_row(loop, [&](int i, int row) {
-      // -inf + -inf where there was no key.
-      if (holds_row(loop)) *place(row) = loop.softmax_.max[i] + logf(loop.softmax_.sum[i]);
+      if (holds_row(loop)) *place(row) = loop.softmax_.log_of_sum(i);
     });
   }
 

@@ -26,7 +26,7 @@ class Mainloop {
         products_(p.attention, work, share_) {
     pipeline_.start(p, work);
     note_visible_keys();
-    softmax_.reset();
+    softmax_.reset(raw_scores() ? attention_.scale * tile::kLog2E : tile::kLog2E);
     live_ = work.seen_by_any(share_.row, Traits::kRowFragments * tile::kFragmentRows);
   }
 
@@ -97,7 +97,15 @@ class Mainloop {
     }
   }
 
+  // Whether scores stay the products q.k until they are exponentiated, which saves the
+  // multiplications by the scale. float32 has no rounding to spare for it.
+  __device__ __forceinline__ bool raw_scores() const {
+    return Traits::kTensorCores && attention_.scale > 0.0f && attention_.softcap == 0.0f &&
+           attention_.mask_dtype == DType::kNone && !half_softmax();
+  }
+
   __device__ __forceinline__ void scale(Scores<Traits>& s) const {
+    if (raw_scores()) return;
     for_each(s, [&](float& score) { score *= attention_.scale; });
     if (attention_.softcap > 0.0f) {
       for_each(s, [&](float& score) {
@@ -185,13 +193,21 @@ class Mainloop {
     if constexpr (Traits::kWarpsKeys > 1) {
       exchange(largest, storage_.row_max, [](float a, float b) { return fmaxf(a, b); });
     }
+    float shrink[Traits::kRowsPerLane];
+    bool shrinks = false;
 #pragma unroll
     for (int i = 0; i < Traits::kRowsPerLane; ++i) {
-      const float shrink = softmax_.raise(i, largest[i]);
+      shrink[i] = softmax_.raise(i, largest[i]);
+      shrinks |= shrink[i] != 1.0f;
+    }
+    // After a few tiles the maxima are seldom raised.
+    if (!__any_sync(0xffffffffu, shrinks)) return;
+#pragma unroll
+    for (int i = 0; i < Traits::kRowsPerLane; ++i) {
 #pragma unroll
       for (int j = 0; j < Traits::kColumnFragments; ++j) {
-        outputs_[i / 2][j][i % 2 * 2] *= shrink;
-        outputs_[i / 2][j][i % 2 * 2 + 1] *= shrink;
+        outputs_[i / 2][j][i % 2 * 2] *= shrink[i];
+        outputs_[i / 2][j][i % 2 * 2 + 1] *= shrink[i];
       }
     }
   }
@@ -208,17 +224,30 @@ class Mainloop {
         return;
       }
     }
+    const float unit = softmax_.unit;
+    if (raw_scores()) {
+      for_each_pair(s, [&](int i, int j, float first, float second) {
+        const float offset = -tile::anchor(softmax_.max[i]) * unit;
+        keep(p, i, j, ptx::ex2(fmaf(first, unit, offset)), ptx::ex2(fmaf(second, unit, offset)));
+      });
+      return;
+    }
     for_each_pair(s, [&](int i, int j, float first, float second) {
       const float anchor = tile::anchor(softmax_.max[i]);
-      const float x = tile::exponential(first, anchor), y = tile::exponential(second, anchor);
-      softmax_.sum[i] += x + y;
-      if constexpr (Traits::kTensorCores) {
-        p[i / 2][j][i % 2] = tile::pack(x, y, Element{});
-      } else {
-        p[i / 2][j][i % 2 * 2] = x;
-        p[i / 2][j][i % 2 * 2 + 1] = y;
-      }
+      keep(p, i, j, tile::exponential(first, anchor), tile::exponential(second, anchor));
     });
+  }
+
+  // Two probabilities of this lane's i-th row and j-th fragment of keys.
+  __device__ __forceinline__ void keep(Probabilities<Traits>& p, int i, int j, float first,
+                                       float second) {
+    softmax_.sum[i] += first + second;
+    if constexpr (Traits::kTensorCores) {
+      p[i / 2][j][i % 2] = tile::pack(first, second, Element{});
+    } else {
+      p[i / 2][j][i % 2 * 2] = first;
+      p[i / 2][j][i % 2 * 2 + 1] = second;
+    }
   }
 
   // From each lane's own columns to whole rows.

@@ -139,6 +139,13 @@ __device__ __forceinline__ __half2 ex2(__half2 x) {
 // "fma": a b + c in float16, rounded once.
 __device__ __forceinline__ __half2 fma(__half2 a, __half2 b, __half2 c) { return __hfma2(a, b, c); }
 
+// "rcp": 1 / x, 1 ulp; 0 for infinities.
+__device__ __forceinline__ float rcp(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // The same value, but the compiler does not know it: what is computed from it is computed there,
 // instead of being kept in registers since it was last needed.
 __device__ __forceinline__ int opaque(int x) {

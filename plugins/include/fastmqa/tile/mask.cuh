@@ -43,7 +43,7 @@ __host__ __device__ constexpr KeyRange visible_keys(int64_t position, int length
 // 1e-7 c, from 1 - 2 / (1 + exp(2x / c)), is far below a rounding of the products.
 __device__ __forceinline__ float soft_cap(float x, float cap, bool exact) {
   if (exact) return cap * tanhf(x / cap);
-  return cap - 2.0f * cap / (1.0f + ptx::ex2(2.0f * kLog2E / cap * x));
+  return cap - 2.0f * cap * ptx::rcp(1.0f + ptx::ex2(2.0f * kLog2E / cap * x));
 }
 
 // What a mask's element adds to a score: the number itself, or 0 and -inf for true and false.

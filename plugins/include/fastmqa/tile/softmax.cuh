@@ -9,14 +9,15 @@
 namespace fastmqa::tile {
 
 constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLn2 = 0.693147180559945309417f;
 constexpr float kInfinity = __builtin_huge_valf();
 
 // What is subtracted from a row's scores before exp. A row that has seen no key yet has the
 // maximum -inf, and -inf - -inf would be NaN; from 0, exp(-inf) is the 0 that it should be.
 __device__ __forceinline__ float anchor(float max) { return max == -kInfinity ? 0.0f : max; }
 
-// exp(score - anchor). Subtracting first keeps scores of any size exact: with a finite minimum
-// as mask, score * log2(e) would overflow.
+// exp(score - anchor). Subtracting first keeps scores of any size exact: with a finite minimum as
+// mask, score * log2(e) would overflow.
 __device__ __forceinline__ float exponential(float score, float anchor) {
   return ptx::ex2((score - anchor) * kLog2E);
 }
@@ -39,8 +40,10 @@ template <int kRows>
 struct OnlineSoftmax {
   float max[kRows];
   float sum[kRows];
+  float unit;  // what a difference of 1 between two scores means; log2(e) if they are natural
 
-  __device__ __forceinline__ void reset() {
+  __device__ __forceinline__ void reset(float score_unit) {
+    unit = score_unit;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       max[i] = -kInfinity;
@@ -52,9 +55,14 @@ struct OnlineSoftmax {
   __device__ __forceinline__ float raise(int row, float largest) {
     const float before = max[row];
     max[row] = fmaxf(before, largest);
-    const float shrink = exponential(before, anchor(max[row]));
+    const float shrink = ptx::ex2((before - anchor(max[row])) * unit);
     sum[row] *= shrink;
     return shrink;
+  }
+
+  // Natural log of a row's sum of exponentials; -inf where there was no key.
+  __device__ __forceinline__ float log_of_sum(int row) const {
+    return max[row] * (unit * kLn2) + logf(sum[row]);
   }
 };
 

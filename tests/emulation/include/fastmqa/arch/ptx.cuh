@@ -175,6 +175,12 @@ __device__ __forceinline__ __half2 fma(__half2 a, __half2 b, __half2 c) {
   return {one(a.x, b.x, c.x), one(a.y, b.y, c.y)};
 }
 
+// "rcp".
+__device__ __forceinline__ float rcp(float x) {
+  const float y = 1.0f / x;
+  return std::fabs(y) < std::numeric_limits<float>::min() ? std::copysign(0.0f, y) : y;
+}
+
 // Nothing to hide: registers are not counted here.
 __device__ __forceinline__ int opaque(int x) { return x; }
 

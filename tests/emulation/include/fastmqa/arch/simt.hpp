@@ -111,6 +111,24 @@ inline void __syncwarp(uint32_t mask = simt::kAllLanes) {
   simt::collective("__syncwarp", mask, nothing, [](auto) {});
 }
 
+inline int __any_sync(uint32_t mask, int predicate) {
+  int any = 0;
+  struct Vote {
+    int predicate;
+    int* any;
+  } mine{predicate, &any};
+  simt::collective("__any_sync", mask, mine, [mask](auto lane) {
+    int found = 0;
+    for (int l = 0; l < 32; ++l) {
+      if (mask >> l & 1) found |= lane(l).predicate != 0;
+    }
+    for (int l = 0; l < 32; ++l) {
+      if (mask >> l & 1) *lane(l).any = found;
+    }
+  });
+  return any;
+}
+
 template <class T>
 T __shfl_sync(uint32_t mask, T value, int source) {
   return simt::shuffle("__shfl_sync", mask, value, source);
