@@ -178,7 +178,7 @@ class TensorCoreProducts {
       Traits::kSharesProbabilities && Traits::kV > 256 ? 1 : Traits::kBlockKeys;
   // Queries from shared memory come a few columns at a time: fully unrolled, the compiler loads
   // more of them ahead than there are registers.
-  static constexpr int kUnroll = Traits::kQueriesInRegisters || kDepthSteps <= 6 ? kDepthSteps : 2;
+  static constexpr int kUnroll = Traits::kQueriesInRegisters || kDepthSteps <= 6 ? kDepthSteps : 4;
 
   __device__ __forceinline__ void load_queries(uint32_t (&a)[Traits::kRowFragments][4],
                                                const typename Traits::QueryTile& q,
