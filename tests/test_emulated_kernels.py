@@ -68,10 +68,7 @@ def check(kernels: EmulatedKernels, case: Case, dtype: torch.dtype, sm: int, **o
 @pytest.mark.parametrize("name", BY_NAME)
 def test_every_case_is_within_the_budget(kernels, name, target):
     dtype, sm = TARGETS[target]
-    case = BY_NAME[name]
-    if (dtype, sm, case.D) == (torch.float32, 75, 576):
-        sm = 80  # the only variant that needs it
-    check(kernels, case, dtype, sm)
+    check(kernels, BY_NAME[name], dtype, sm)
 
 
 @pytest.mark.parametrize("sm", [75, 80])
@@ -95,8 +92,6 @@ MORE_TARGETS = TARGETS | {
 def test_tiles_of_many_rows_are_within_the_budget(kernels, d, v, values_in_k, target):
     """More rows than a tile holds, and as many blocks as SMs: the largest tiles."""
     dtype, sm = MORE_TARGETS[target]
-    if (dtype, sm, d) == (torch.float32, 75, 576):
-        sm = 86  # the only variant that needs SM80
     case = Case(
         name="many_rows", B=1, H=2, Hkv=1, S=75, T=140, D=d, V=v, values_in_k=values_in_k,
         is_causal=True, lse=True, kv_lengths=(133,),

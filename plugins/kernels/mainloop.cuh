@@ -72,6 +72,7 @@ class Mainloop {
       add_mask(scores, first_key);
       hide(scores, first_key);
     }
+    if (!share_.has_keys()) for_each(scores, [](float& score) { score = -tile::kInfinity; });
     if (half_softmax()) round_to_half(scores);
     raise_maxima(scores);
     exponentiate(probabilities, scores);

@@ -28,6 +28,10 @@ struct WarpShare {
     column = index * Traits::kColumnFragments * tile::kFragmentColumns;
   }
 
+  __device__ __forceinline__ bool has_keys() const {
+    return Traits::kEveryWarpHasKeys || key < Traits::kBlockKeys;
+  }
+
   // Whether a fragment of columns exists: V need not divide evenly among the warps.
   __device__ __forceinline__ bool has_column(int fragment) const {
     constexpr bool kEven =
@@ -218,6 +222,7 @@ class CudaCoreProducts {
   __device__ __forceinline__ void scores(Scores<Traits>& s, const Queries&,
                                          const typename Traits::KeyTile& k,
                                          const tile::KeyRange&) const {
+    if (!share_.has_keys()) return;
     const int first_key = share_.key + tile::fragment_column(tile::lane_id());
 #pragma unroll 1
     for (int column = 0; column < depth_; column += Traits::KeyTile::kPerChunk) {
@@ -247,6 +252,7 @@ class CudaCoreProducts {
 
   __device__ __forceinline__ void share(const Probabilities<Traits>& p,
                                         typename Traits::ProbabilityTile& tile) const {
+    if (!share_.has_keys()) return;
     const int lane = tile::lane_id();
 #pragma unroll
     for (int i = 0; i < Traits::kRowFragments; ++i) {

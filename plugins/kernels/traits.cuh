@@ -51,7 +51,12 @@ struct Traits {
 
   // A warp's share: rows of scores and outputs, keys of a tile, columns of V, all in fragments.
   static constexpr int kRowFragments = kBlockRows / kWarpsRows / tile::kFragmentRows;
-  static constexpr int kKeyFragments = kBlockKeys / kWarpsKeys / tile::kFragmentColumns;
+  // (Where a tile has fewer fragments of keys than warps, the others only take columns.)
+  static constexpr int kKeyFragments = kBlockKeys < kWarpsKeys * tile::kFragmentColumns
+                                           ? 1
+                                           : kBlockKeys / kWarpsKeys / tile::kFragmentColumns;
+  static constexpr bool kEveryWarpHasKeys =
+      kKeyFragments * kWarpsKeys * tile::kFragmentColumns == kBlockKeys;
   static constexpr int kColumnFragments =
       (kV / tile::kFragmentColumns + kWarpsKeys - 1) / kWarpsKeys;
   static constexpr int kRowsPerLane = 2 * kRowFragments;
@@ -87,7 +92,7 @@ struct Traits {
   };
 
   static_assert(kBlockRows % (kWarpsRows * tile::kFragmentRows) == 0);
-  static_assert(kBlockKeys % (kWarpsKeys * tile::kFragmentColumns) == 0);
+  static_assert(kEveryWarpHasKeys || !kTensorCores);
   static_assert(kBlockKeys % tile::kFragmentDepth == 0 && kD % tile::kFragmentDepth == 0);
   static_assert(kWarpsKeys > 1 || kKeyFragments % 2 == 0, "probabilities pair up to operands");
   static_assert(kAsync || kStages == 1, "registers hold one tile on its way");

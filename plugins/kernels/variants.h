@@ -109,20 +109,19 @@ inline constexpr Tile kAmpereTiles[] = {
     {576, 512, 64, 32, 4, 2, 2, true},
 };
 
-// float32 multiplies on the CUDA cores: the reference on the device.
+// float32 multiplies on the CUDA cores: the reference on the device, for every SM.
 inline constexpr Tile kFloat32Tiles[] = {
     {32, 32, 16, 32, 1, 4, 1, false},   {64, 64, 16, 32, 1, 4, 1, false},
     {80, 80, 16, 32, 1, 4, 1, false},   {96, 96, 16, 32, 1, 4, 1, false},
     {128, 128, 16, 32, 1, 4, 1, false}, {192, 192, 16, 32, 1, 4, 1, false},
     {256, 256, 64, 16, 4, 2, 1, false}, {288, 256, 16, 32, 1, 4, 1, true},
+    {576, 512, 16, 16, 1, 4, 1, true},
 };
-// 74 KB of keys; in 64 KB, a warp would have more outputs than registers.
-inline constexpr Tile kFloat32AmpereTiles[] = {{576, 512, 16, 32, 1, 4, 1, true}};
 
 // clang-format on
 
-inline constexpr int kVariantCount = std::size(kTuringTiles) + 2 * std::size(kAmpereTiles) +
-                                     std::size(kFloat32Tiles) + std::size(kFloat32AmpereTiles);
+inline constexpr int kVariantCount =
+    std::size(kTuringTiles) + 2 * std::size(kAmpereTiles) + std::size(kFloat32Tiles);
 
 // Of one type, those of smaller head sizes come first, then those with fewer rows. Of 128 rows
 // there are two: eight warps, of which those without rows rest, for a decode's heads; and four
@@ -135,9 +134,6 @@ inline constexpr auto kVariants = [] {
   for (const Tile& tile : kAmpereTiles) variants[count++] = {DType::kFloat16, kAmpere, tile};
   for (const Tile& tile : kAmpereTiles) variants[count++] = {DType::kBFloat16, kAmpere, tile};
   for (const Tile& tile : kFloat32Tiles) variants[count++] = {DType::kFloat32, kTuring, tile};
-  for (const Tile& tile : kFloat32AmpereTiles) {
-    variants[count++] = {DType::kFloat32, kAmpere, tile};
-  }
   return variants;
 }();
 

@@ -9,5 +9,6 @@ namespace fastmqa {
                                               instantiate<DType::kFloat32, 128, 128, kTuring>() &&
                                               instantiate<DType::kFloat32, 192, 192, kTuring>() &&
                                               instantiate<DType::kFloat32, 256, 256, kTuring>() &&
-                                              instantiate<DType::kFloat32, 288, 256, kTuring>();
+                                              instantiate<DType::kFloat32, 288, 256, kTuring>() &&
+                                              instantiate<DType::kFloat32, 576, 512, kTuring>();
 }  // namespace fastmqa

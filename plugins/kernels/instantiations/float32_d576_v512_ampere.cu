@@ -1,6 +1,0 @@
-// SPDX-License-Identifier: MIT
-#include "../instantiate.cuh"
-
-namespace fastmqa {
-[[maybe_unused]] static const bool kEntered = instantiate<DType::kFloat32, 576, 512, kAmpere>();
-}  // namespace fastmqa
