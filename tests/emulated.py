@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastmqa_export.config import OP_INPUTS, AttentionAttributes
+from fastmqa_export.emit import SHARED_KB
 from fastmqa_export.kernels import Device, KernelLibrary, make_call
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +28,8 @@ PLUGINS = ROOT / "plugins"
 ALL_VARIANTS = sorted((PLUGINS / "kernels" / "instantiations").glob("*float*.cu"))
 
 #: Devices by SM: shared memory of a block as each has it.
-SHARED_BYTES = {70: 96 << 10, 75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 90: 227 << 10}
+SHARED_BYTES = {int(arch.removeprefix("sm_")): kb << 10 for arch, kb in SHARED_KB.items()}
+SHARED_BYTES[70] = 96 << 10  # of a GPU that is too old
 
 _FLAGS = (
     *("-std=c++20", "-O1", "-g0", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
@@ -172,7 +174,7 @@ class Guarded:
         self._begin = self._BYTES + -(self._memory.data_ptr() + self._BYTES) % 64
         self._end = self._begin + size
         inner = self._memory[self._begin : self._end].view(tensor.dtype)
-        self.tensor = inner.as_strided(tensor.shape, tensor.stride(), 0 + inner.storage_offset())
+        self.tensor = inner.as_strided(tensor.shape, tensor.stride(), inner.storage_offset())
         self.tensor.copy_(tensor)
 
     def check(self) -> None:
