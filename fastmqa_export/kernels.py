@@ -227,6 +227,7 @@ def load(path: Path, functions: Mapping[str, tuple[Any, tuple[Any, ...]]]) -> An
 
 _TEXT = (ctypes.c_char_p, ctypes.c_size_t)
 _CALL = (ctypes.POINTER(AttentionParams), ctypes.POINTER(Device))
+_TACTIC = ctypes.c_int32
 
 
 class Planner:
@@ -240,7 +241,7 @@ class Planner:
     """
 
     _functions: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
-        "describe_launches": (ctypes.c_size_t, (*_CALL, *_TEXT)),
+        "describe_launches": (ctypes.c_size_t, (*_CALL, _TACTIC, *_TEXT)),
         "describe_variants": (ctypes.c_size_t, _TEXT),
     }
 
@@ -248,13 +249,18 @@ class Planner:
         self.path = path
         self.library: Any = load(path, self._functions)
 
-    def launches(self, call: Call, device: Device) -> dict[str, Any]:
+    def launches(self, call: Call, device: Device, tactic: int = 0) -> dict[str, Any]:
         """The launches that `KernelLibrary.run` would enqueue, see docs/kernels.md.
+
+        Args:
+            call: its tensors need no memory.
+            device: where it would run.
+            tactic: how it is divided; 0: as the planner chooses.
 
         Raises:
             ConfigError: if no kernel covers the call on that device, or the call is not valid.
         """
-        described: dict[str, Any] = self._json("describe_launches", call.params, device)
+        described: dict[str, Any] = self._json("describe_launches", call.params, device, tactic)
         if "error" in described:
             raise ConfigError(described["error"])
         return described
@@ -285,8 +291,9 @@ class KernelLibrary(Planner):
     _functions = {  # noqa: RUF012 (never changed; the base class declares it as a Mapping)
         **Planner._functions,
         "supports": (ctypes.c_int32, (*_CALL, *_TEXT)),
-        "workspace_bytes": (ctypes.c_size_t, _CALL),
-        "run": (ctypes.c_int32, (*_CALL, ctypes.c_void_p, *_TEXT)),
+        "workspace_bytes": (ctypes.c_size_t, (*_CALL, _TACTIC)),
+        "workspace_bound": (ctypes.c_size_t, _CALL),
+        "run": (ctypes.c_int32, (*_CALL, _TACTIC, ctypes.c_void_p, *_TEXT)),
         "query_device": (ctypes.c_int32, (ctypes.c_int32, _CALL[1], *_TEXT)),
     }
 
@@ -306,18 +313,24 @@ class KernelLibrary(Planner):
             self._devices[ordinal] = device
         return self._devices[ordinal]
 
-    def run(self, call: Call, device: Device, stream: int = 0) -> None:
+    def run(self, call: Call, device: Device, stream: int = 0, tactic: int = 0) -> None:
         """Enqueue the kernels on a CUDA stream (its address; 0: the default one).
+
+        Args:
+            call: with its tensors.
+            device: where they are.
+            stream: a ``cudaStream_t``.
+            tactic: how it is divided; 0: as the planner chooses.
 
         Raises:
             ConfigError: if no kernel covers the call on that device, or the call is not valid.
             KernelError: if CUDA refuses the launch.
         """
-        size = self.library.fastmqa_workspace_bytes(call.params, device)
+        size = self.library.fastmqa_workspace_bytes(call.params, device, tactic)
         # Freed at once, as PyTorch's allocator allows: later work of the stream comes after.
         workspace = call.y.new_empty(size, dtype=torch.uint8) if size else None
         call.params.workspace = None if workspace is None else workspace.data_ptr()
-        self._check(self.library.fastmqa_run, call.params, device, stream)
+        self._check(self.library.fastmqa_run, call.params, device, tactic, stream)
 
     def supports(self, call: Call, device: Device) -> None:
         """Return if a kernel covers the call on that device.

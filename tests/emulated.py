@@ -128,6 +128,7 @@ class EmulatedKernels:
         sm_count: int = 2,
         return_lse: bool = False,
         seed: int = 0,
+        tactic: int = 0,
     ) -> tuple[Tensor, Tensor | None, int]:
         """Y, lse and the index of the variant that ran.
 
@@ -151,15 +152,15 @@ class EmulatedKernels:
             call.params.lse = lse.tensor.data_ptr()
         device = Device(sm, sm_count, SHARED_BYTES[sm])
         functions = self.library.library
-        if size := functions.fastmqa_workspace_bytes(call.params, device):
+        if size := functions.fastmqa_workspace_bytes(call.params, device, tactic):
             workspace = Guarded(torch.full((size,), 0xFF, dtype=torch.uint8))
             guarded.append(workspace)
             call.params.workspace = workspace.tensor.data_ptr()
         self._seed(seed)
-        self.library._check(functions.fastmqa_run, call.params, device, 0)
+        self.library._check(functions.fastmqa_run, call.params, device, tactic, 0)
         for tensor in guarded:
             tensor.check()
-        variant = self.library.launches(call, device)["variant"]["index"]
+        variant = self.library.launches(call, device, tactic)["variant"]["index"]
         return y.tensor, None if lse is None else lse.tensor, variant
 
 

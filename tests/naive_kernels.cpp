@@ -84,11 +84,15 @@ int32_t fastmqa_supports(const AttentionParams* p, const Device*, char* text, si
   return answer(2, "only float32", text, text_bytes);
 }
 
-size_t fastmqa_workspace_bytes(const AttentionParams*, const Device*) { return kWorkspaceBytes; }
+size_t fastmqa_workspace_bytes(const AttentionParams*, const Device*, int32_t) {
+  return kWorkspaceBytes;
+}
+
+size_t fastmqa_workspace_bound(const AttentionParams*, const Device*) { return kWorkspaceBytes; }
 
 // Fails as a launch does on any stream but the default one.
-int32_t fastmqa_run(const AttentionParams* p, const Device* device, void* stream, char* text,
-                    size_t text_bytes) {
+int32_t fastmqa_run(const AttentionParams* p, const Device* device, int32_t, void* stream,
+                    char* text, size_t text_bytes) {
   if (const int32_t code = fastmqa_supports(p, device, text, text_bytes)) return code;
   if (stream != nullptr) return answer(3, "launch: out of order", text, text_bytes);
   std::fill_n(static_cast<char*>(p->workspace), kWorkspaceBytes, '\0');
@@ -106,7 +110,7 @@ int32_t fastmqa_query_device(int32_t ordinal, Device* device, char* text, size_t
   return 0;
 }
 
-size_t fastmqa_describe_launches(const AttentionParams* p, const Device*, char* json,
+size_t fastmqa_describe_launches(const AttentionParams* p, const Device*, int32_t, char* json,
                                  size_t json_bytes) {
   const char* text = p->dtype == DType::kFloat32 ? "{\"launches\": []}"
                                                  : "{\"code\": 2, \"error\": \"only float32\"}";

@@ -120,6 +120,16 @@ def test_the_number_of_splits_changes_no_more_than_the_rounding(kernels, name, t
         torch.testing.assert_close(lse, expected, rtol=1e-5, atol=4e-5)
 
 
+@pytest.mark.parametrize("tactic", range(1, 6))
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "name", ["decode_48_1_d128", "prefill_129_d80", "softcap_causal_mask_mqa_bhsd"]
+)
+def test_every_tactic_is_within_the_budget(kernels, name, target, tactic):
+    dtype, sm = TARGETS[target]
+    check(kernels, BY_NAME[name], dtype, sm, sm_count=7, tactic=tactic)
+
+
 def strided(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
     """The same values with the axes in another order in memory, and a gap after each row."""
     stored = tensor.permute(order)
@@ -257,7 +267,7 @@ def test_bad_arguments_are_refused_before_the_launch(kernels, name):
     spoil(call.params)
     library, device = kernels.library, Device(80, 40, SHARED_BYTES[80])
     with pytest.raises(ConfigError) as error:
-        library._check(library.library.fastmqa_run, call.params, device, 0)
+        library._check(library.library.fastmqa_run, call.params, device, 0, 0)
     assert message in str(error.value)
     assert (call.y == 7).all(), "nothing was launched"
 
@@ -265,6 +275,6 @@ def test_bad_arguments_are_refused_before_the_launch(kernels, name):
 def test_a_text_never_overflows(kernels):
     params, device = AttentionParams(), Device(80, 40, SHARED_BYTES[80])
     text = ctypes.create_string_buffer(b"x" * 20, 20)
-    assert kernels.library.library.fastmqa_run(params, device, 0, text, 10) == 1
+    assert kernels.library.library.fastmqa_run(params, device, 0, 0, text, 10) == 1
     assert text.raw == b"B (batch)\0" + b"x" * 10
-    assert kernels.library.library.fastmqa_run(params, device, 0, None, 0) == 1
+    assert kernels.library.library.fastmqa_run(params, device, 0, 0, None, 0) == 1

@@ -23,10 +23,14 @@ def library() -> KernelLibrary:
     return KernelLibrary(build(ALL_VARIANTS))
 
 
-def plan(library, gpu, b, h, hkv, s, t, d, v=None, *, in_k=False, dtype=torch.float16, **kw):
+def device(gpu):
     sm, count = GPUS[gpu]
+    return Device(sm, count, SHARED_BYTES[sm])
+
+
+def meta_call(b, h, hkv, s, t, d, v=None, *, in_k=False, dtype=torch.float16, **kw):
     k = torch.empty((b, hkv, t, d), dtype=dtype, device="meta")
-    call = make_call(
+    return make_call(
         torch.empty((b, h, s, d), dtype=dtype, device="meta"),
         k,
         None if in_k else torch.empty((b, hkv, t, v or d), dtype=dtype, device="meta"),
@@ -39,7 +43,10 @@ def plan(library, gpu, b, h, hkv, s, t, d, v=None, *, in_k=False, dtype=torch.fl
         return_lse=False,
         address=lambda _: 1 << 20,
     )
-    return library.launches(call, Device(sm, count, SHARED_BYTES[sm]))
+
+
+def plan(library, gpu, *sizes, tactic=0, **kw):
+    return library.launches(meta_call(*sizes, **kw), device(gpu), tactic)
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -118,6 +125,42 @@ def test_every_plan_is_consistent(library):
         else:
             assert launches[1]["grid"] == -(-rows // 4)
             assert chosen["workspace_bytes"] == splits * rows * (dtype.itemsize * d + 4)
+
+
+TACTICS = 5
+
+
+def test_tactics_divide_a_decode_in_their_own_ways(library):
+    chosen = [plan(library, "t4", 1, 32, 1, 1, 16384, 128, tactic=i) for i in range(TACTICS + 1)]
+    assert [c["splits"] for c in chosen[:4]] == [32, 1, 16, 64]
+    assert [c["variant"]["block_rows"] for c in chosen] == [64, 64, 64, 64, 16, 128]
+    with pytest.raises(ConfigError, match="tactic 6; there are 0 to 5"):
+        plan(library, "t4", 1, 32, 1, 1, 16384, 128, tactic=TACTICS + 1)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_the_bound_holds_for_all_sizes_and_tactics(library, gpu):
+    draw = random.Random(11)
+    bytes_for, bound_of = (
+        library.library.fastmqa_workspace_bytes,
+        library.library.fastmqa_workspace_bound,
+    )
+    largest = 0.0
+    for _ in range(300):
+        d, in_k = draw.choice([(64, False), (128, False), (256, False), (576, True)])
+        hkv, group = draw.choice([(1, 71), (1, 32), (8, 4), (3, 3), (1, 128), (2, 1)])
+        most = draw.randint(1, 12), draw.choice([1, 3, 64, 900]), draw.randint(64, 40000)
+        kw = {"v": 512 if d == 576 else d, "in_k": in_k}
+        b, s, t = most
+        bound = bound_of(meta_call(b, group * hkv, hkv, s, t, d, **kw).params, device(gpu))
+        for _ in range(10):
+            b, s, t = (draw.randint(1, size) for size in most)
+            call = meta_call(b, group * hkv, hkv, s, t, d, **kw)
+            for tactic in range(TACTICS + 1):
+                needed = bytes_for(call.params, device(gpu), tactic)
+                assert needed <= bound
+                largest = max(largest, needed / bound)
+    assert largest > 0.5, "the bound is far too large"
 
 
 def test_sizes_that_overflow_are_refused(library):

@@ -23,14 +23,17 @@ inline AttentionParams normalised(const AttentionParams& params) {
 }
 
 // The plan for normalised arguments whose sizes are valid, or why there is none.
-inline Status plan_for(const AttentionParams& a, const Device& device, Plan* plan) {
+inline Status plan_for(const AttentionParams& a, const Device& device, int32_t tactic, Plan* plan) {
   if (const Status status = check_sizes(a); status.code != Code::kOk) return status;
   if (device.sm < kTuring || device.sm_count < 1 || device.shared_bytes < 1) {
     return failure(Code::kUnsupported,
                    "a device of SM%d with %d SMs and %d bytes of shared memory: SM75 and newer",
                    device.sm, device.sm_count, device.shared_bytes);
   }
-  *plan = make_plan(a, device, registry().shared_bytes);
+  if (tactic < 0 || tactic > kTactics) {
+    return failure(Code::kInvalid, "tactic %d; there are 0 to %d", tactic, kTactics);
+  }
+  *plan = make_plan(a, device, registry().shared_bytes, tactic);
   if (plan->variant < 0) return no_variant(a, device, registry());
   if (a.v == nullptr && !kVariants[plan->variant].tile.values_in_k) {
     plan->params.attention.v = a.k;
@@ -49,10 +52,10 @@ inline size_t report(const std::string& json, char* text, size_t text_bytes) {
   return json.size() + 1;
 }
 
-inline size_t describe_launches(const AttentionParams& params, const Device& device, char* json,
-                                size_t json_bytes) {
+inline size_t describe_launches(const AttentionParams& params, const Device& device, int32_t tactic,
+                                char* json, size_t json_bytes) {
   Plan plan{};
-  const Status status = plan_for(normalised(params), device, &plan);
+  const Status status = plan_for(normalised(params), device, tactic, &plan);
   return report(describe(status, plan, registry()), json, json_bytes);
 }
 

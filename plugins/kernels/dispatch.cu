@@ -3,6 +3,7 @@
 // attention.h: from arguments to launches.
 #include <fastmqa/attention.h>
 
+#include <algorithm>
 #include <fastmqa/arch/launch.cuh>
 
 #include "call.h"
@@ -31,19 +32,41 @@ Status launch_status(const char* kernel, cudaError_t error) {
 
 Status supports(const AttentionParams& params, const Device& device) {
   Plan plan{};
-  return plan_for(normalised(params), device, &plan);
+  return plan_for(normalised(params), device, 0, &plan);
 }
 
-size_t workspace_bytes(const AttentionParams& params, const Device& device) {
+int32_t distinct_tactics(const AttentionParams& params, const Device& device,
+                         int32_t (&tactics)[kTactics + 1]) {
+  Plan plans[kTactics + 1];
+  int32_t count = 0;
+  for (int32_t tactic = 0; tactic <= kTactics; ++tactic) {
+    Plan& plan = plans[count];
+    if (plan_for(normalised(params), device, tactic, &plan).code != Code::kOk) return 0;
+    const bool is_new = std::none_of(plans, &plan, [&](const Plan& other) {
+      return other.variant == plan.variant && other.params.splits == plan.params.splits;
+    });
+    if (is_new) tactics[count++] = tactic;
+  }
+  return count;
+}
+
+size_t workspace_bytes(const AttentionParams& params, const Device& device, int32_t tactic) {
   Plan plan{};
-  if (plan_for(normalised(params), device, &plan).code != Code::kOk) return 0;
+  if (plan_for(normalised(params), device, tactic, &plan).code != Code::kOk) return 0;
   return plan.combine_grid == 0 ? 0 : partials_bytes(plan.params);
 }
 
-Status run(const AttentionParams& params, const Device& device, CUstream_st* stream) {
+size_t workspace_bound(const AttentionParams& largest, const Device& device) {
+  return bound_of_workspace(normalised(largest), device, registry().shared_bytes);
+}
+
+Status run(const AttentionParams& params, const Device& device, CUstream_st* stream,
+           int32_t tactic) {
   const AttentionParams a = normalised(params);
   Plan plan{};
-  if (const Status status = plan_for(a, device, &plan); status.code != Code::kOk) return status;
+  if (const Status status = plan_for(a, device, tactic, &plan); status.code != Code::kOk) {
+    return status;
+  }
   if (const Status status = check_memory(a); status.code != Code::kOk) return status;
   const bool splits = plan.combine_grid > 0;
   if (splits && a.workspace == nullptr) {
@@ -87,23 +110,29 @@ int32_t fastmqa_supports(const AttentionParams* params, const Device* device, ch
   return fastmqa::report(fastmqa::supports(*params, *device), text, text_bytes);
 }
 
-size_t fastmqa_workspace_bytes(const AttentionParams* params, const Device* device) {
-  return fastmqa::workspace_bytes(*params, *device);
+size_t fastmqa_workspace_bytes(const AttentionParams* params, const Device* device,
+                               int32_t tactic) {
+  return fastmqa::workspace_bytes(*params, *device, tactic);
 }
 
-int32_t fastmqa_run(const AttentionParams* params, const Device* device, void* stream, char* text,
-                    size_t text_bytes) {
-  return fastmqa::report(fastmqa::run(*params, *device, static_cast<CUstream_st*>(stream)), text,
-                         text_bytes);
+size_t fastmqa_workspace_bound(const AttentionParams* largest, const Device* device) {
+  return fastmqa::workspace_bound(*largest, *device);
+}
+
+int32_t fastmqa_run(const AttentionParams* params, const Device* device, int32_t tactic,
+                    void* stream, char* text, size_t text_bytes) {
+  const fastmqa::Status status =
+      fastmqa::run(*params, *device, static_cast<CUstream_st*>(stream), tactic);
+  return fastmqa::report(status, text, text_bytes);
 }
 
 int32_t fastmqa_query_device(int32_t ordinal, Device* device, char* text, size_t text_bytes) {
   return fastmqa::report(fastmqa::query_device(ordinal, device), text, text_bytes);
 }
 
-size_t fastmqa_describe_launches(const AttentionParams* params, const Device* device, char* json,
-                                 size_t json_bytes) {
-  return fastmqa::describe_launches(*params, *device, json, json_bytes);
+size_t fastmqa_describe_launches(const AttentionParams* params, const Device* device,
+                                 int32_t tactic, char* json, size_t json_bytes) {
+  return fastmqa::describe_launches(*params, *device, tactic, json, json_bytes);
 }
 
 size_t fastmqa_describe_variants(char* json, size_t json_bytes) {

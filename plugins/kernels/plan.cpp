@@ -13,6 +13,19 @@ constexpr int kLeastTilesOfSplit = 2;
 // Memory is busy before all SMs are, and every part costs bytes. To be measured on a GPU.
 constexpr double kEnoughUse = 0.8;
 
+// What a tactic changes in the planner's choice: the tile, in steps to fewer (-1) or more rows, and
+// how many blocks per SM the splits are to make; 0: none.
+struct Tactic {
+  int tile_step;
+  double blocks_per_sm;
+};
+constexpr Tactic kTacticTable[kTactics + 1] = {{0, 1},    // the planner's own
+                                               {0, 0},    // no splits: fewest bytes
+                                               {0, 0.5},  // half of the SMs may fill the bus
+                                               {0, 2},    // two blocks may hide more latency
+                                               {-1, 1},  {1, 1}};
+constexpr int kMostBlocksPerSm = 2;  // of the table
+
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 bool covers(const Variant& variant, const AttentionParams& a, const Device& device) {
@@ -37,15 +50,33 @@ int64_t visible_span(const AttentionParams& a, const Tile& tile, int group) {
 // the largest tile that gives every SM a block; where none does, the largest for a decode's few
 // rows, whose keys can be split instead, and else the smallest but one.
 int choose_tile(const std::vector<int>& candidates, int64_t rows, int64_t kv_heads, int sm_count) {
-  const auto rows_of = [](int i) { return kVariants[i].tile.block_rows; };
-  for (const int i : candidates) {
+  const auto rows_of = [&](int i) { return kVariants[candidates[i]].tile.block_rows; };
+  const int last = static_cast<int>(candidates.size()) - 1;
+  for (int i = 0; i <= last; ++i) {
     if (rows <= rows_of(i)) return i;
   }
-  for (auto i = candidates.rbegin(); i != candidates.rend(); ++i) {
-    if (divide_up(rows, rows_of(*i)) * kv_heads >= sm_count) return *i;
+  for (int i = last; i >= 0; --i) {
+    if (divide_up(rows, rows_of(i)) * kv_heads >= sm_count) return i;
   }
-  if (rows <= 2 * rows_of(candidates.back())) return candidates.back();
-  return candidates[candidates.size() > 1 ? 1 : 0];
+  if (rows <= 2 * rows_of(last)) return last;
+  return std::min(1, last);
+}
+
+// Those that cover the call, of the smallest head sizes that will do, fewest rows first.
+std::vector<int> candidates_for(const AttentionParams& a, const Device& device,
+                                const std::array<int, kVariantCount>& shared_bytes) {
+  std::vector<int> candidates;
+  for (int i = 0; i < kVariantCount; ++i) {
+    const Tile& tile = kVariants[i].tile;
+    if (!covers(kVariants[i], a, device)) continue;
+    if (shared_bytes[i] == 0 || shared_bytes[i] > device.shared_bytes) continue;
+    if (!candidates.empty()) {
+      const Tile& first = kVariants[candidates[0]].tile;
+      if (tile.head_size != first.head_size || tile.v_head_size != first.v_head_size) break;
+    }
+    candidates.push_back(i);
+  }
+  return candidates;
 }
 
 }  // namespace
@@ -67,32 +98,24 @@ int choose_splits(int64_t blocks, int64_t slots, int key_tiles) {
 }
 
 Plan make_plan(const AttentionParams& a, const Device& device,
-               const std::array<int, kVariantCount>& shared_bytes) {
+               const std::array<int, kVariantCount>& shared_bytes, int tactic) {
   const int group = a.heads / a.kv_heads;
   const int64_t rows = int64_t{a.queries} * group;  // of one KV head
   const int64_t kv_heads = int64_t{a.batch} * a.kv_heads;
 
-  // Those of the smallest head sizes that will do, fewest rows first.
-  std::vector<int> candidates;
-  for (int i = 0; i < kVariantCount; ++i) {
-    const Tile& tile = kVariants[i].tile;
-    if (!covers(kVariants[i], a, device)) continue;
-    if (shared_bytes[i] == 0 || shared_bytes[i] > device.shared_bytes) continue;
-    if (!candidates.empty()) {
-      const Tile& first = kVariants[candidates[0]].tile;
-      if (tile.head_size != first.head_size || tile.v_head_size != first.v_head_size) break;
-    }
-    candidates.push_back(i);
-  }
+  const std::vector<int> candidates = candidates_for(a, device, shared_bytes);
   if (candidates.empty()) return {-1, {}, 0, 0};
-  const int chosen = choose_tile(candidates, rows, kv_heads, device.sm_count);
+  const int place =
+      choose_tile(candidates, rows, kv_heads, device.sm_count) + kTacticTable[tactic].tile_step;
+  const int chosen = candidates[std::clamp(place, 0, static_cast<int>(candidates.size()) - 1)];
 
   const Tile& tile = kVariants[chosen].tile;
   const int64_t row_tiles = divide_up(rows, tile.block_rows);
   const int64_t blocks = row_tiles * kv_heads;
   const int64_t key_tiles = divide_up(visible_span(a, tile, group), tile.block_keys);
-  const int splits = choose_splits(blocks, device.sm_count,
-                                   static_cast<int>(std::min<int64_t>(key_tiles, 1 << 20)));
+  const auto slots = static_cast<int64_t>(kTacticTable[tactic].blocks_per_sm * device.sm_count);
+  const int splits =
+      choose_splits(blocks, slots, static_cast<int>(std::min<int64_t>(key_tiles, 1 << 20)));
 
   Plan plan{chosen, {}, static_cast<unsigned>(blocks * splits), 0};
   plan.params.attention = a;
@@ -104,6 +127,24 @@ Plan make_plan(const AttentionParams& a, const Device& device,
     plan.combine_grid = static_cast<unsigned>(divide_up(kv_heads * rows, kCombineRows));
   }
   return plan;
+}
+
+size_t bound_of_workspace(const AttentionParams& largest, const Device& device,
+                          const std::array<int, kVariantCount>& shared_bytes) {
+  int64_t block_rows = 0;
+  for (const int i : candidates_for(largest, device, shared_bytes)) {
+    block_rows = std::max<int64_t>(block_rows, kVariants[i].tile.block_rows);
+  }
+  // In waves of n slots, x blocks use at least x / (x + n) of them: from 4 waves on that is enough
+  // for choose_splits(), and its last step added fewer blocks than slots.
+  constexpr int64_t kMostWaves = 5;
+  static_assert(kMostWaves - 1 >= kEnoughUse * kMostWaves);
+  const int64_t slots = int64_t{kMostBlocksPerSm} * device.sm_count;
+  const int64_t rows = int64_t{largest.batch} * largest.heads * largest.queries;
+  const int64_t split_rows = std::min(kMostWaves * slots * block_rows, kMostSplits * rows);
+  const int64_t row_bytes =
+      (largest.dtype == DType::kFloat32 ? 4 : 2) * largest.v_head_size + int64_t{sizeof(float)};
+  return static_cast<size_t>(split_rows * row_bytes);
 }
 
 }  // namespace fastmqa

@@ -20,7 +20,11 @@ struct Plan {
 
 // The arguments are valid (check.h). `shared_bytes` of each variant, and 0 where it is not built.
 Plan make_plan(const AttentionParams& params, const Device& device,
-               const std::array<int, kVariantCount>& shared_bytes);
+               const std::array<int, kVariantCount>& shared_bytes, int tactic);
+
+// A bound of the workspace of every plan for sizes B, S and T up to these.
+size_t bound_of_workspace(const AttentionParams& largest, const Device& device,
+                          const std::array<int, kVariantCount>& shared_bytes);
 
 // How many parts to divide the keys into, so that `blocks` blocks per part keep `slots` SMs busy. A
 // second block per SM would not read faster: the tiles under way in one are more than the SM's

@@ -20,8 +20,9 @@ namespace fastmqa {
 }  // namespace fastmqa
 
 size_t fastmqa_describe_launches(const fastmqa::AttentionParams* params,
-                                 const fastmqa::Device* device, char* json, size_t json_bytes) {
-  return fastmqa::describe_launches(*params, *device, json, json_bytes);
+                                 const fastmqa::Device* device, int32_t tactic, char* json,
+                                 size_t json_bytes) {
+  return fastmqa::describe_launches(*params, *device, tactic, json, json_bytes);
 }
 
 size_t fastmqa_describe_variants(char* json, size_t json_bytes) {

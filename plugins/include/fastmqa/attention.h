@@ -87,15 +87,28 @@ struct Status {
   char text[448];  // empty if ok; otherwise what was given, what is accepted, what to do
 };
 
+// How a call may be divided, for callers that measure: 0 is the planner's own choice, 1 to kTactics
+// are others of tile and splits. Each of them takes every call that is supported.
+constexpr int32_t kTactics = 5;
+
 // Whether run() would take these arguments; pointers are not looked at.
 Status supports(const AttentionParams& params, const Device& device);
 
+// Writes those tactics whose launches differ for this call, 0 first, and returns how many; 0 if it
+// is not supported.
+int32_t distinct_tactics(const AttentionParams& params, const Device& device,
+                         int32_t (&tactics)[kTactics + 1]);
+
 // Bytes of scratch memory that run() needs for exactly these sizes; 0 if they are not supported.
-size_t workspace_bytes(const AttentionParams& params, const Device& device);
+size_t workspace_bytes(const AttentionParams& params, const Device& device, int32_t tactic = 0);
+
+// Enough of them for every call whose B, S and T are at most these, whatever the tactic.
+size_t workspace_bound(const AttentionParams& largest, const Device& device);
 
 // Enqueues the kernels and returns; refuses bad arguments before the launch. Allocates nothing,
-// waits for nothing. The same inputs give the same bits.
-Status run(const AttentionParams& params, const Device& device, CUstream_st* stream);
+// waits for nothing. The same inputs and tactic give the same bits.
+Status run(const AttentionParams& params, const Device& device, CUstream_st* stream,
+           int32_t tactic = 0);
 
 // Describes the CUDA device `ordinal`.
 Status query_device(int ordinal, Device* device);
@@ -107,15 +120,17 @@ Status query_device(int ordinal, Device* device);
 extern "C" {
 int32_t fastmqa_supports(const fastmqa::AttentionParams*, const fastmqa::Device*, char* text,
                          size_t text_bytes);
-size_t fastmqa_workspace_bytes(const fastmqa::AttentionParams*, const fastmqa::Device*);
-int32_t fastmqa_run(const fastmqa::AttentionParams*, const fastmqa::Device*, void* stream,
-                    char* text, size_t text_bytes);
+size_t fastmqa_workspace_bytes(const fastmqa::AttentionParams*, const fastmqa::Device*,
+                               int32_t tactic);
+size_t fastmqa_workspace_bound(const fastmqa::AttentionParams*, const fastmqa::Device*);
+int32_t fastmqa_run(const fastmqa::AttentionParams*, const fastmqa::Device*, int32_t tactic,
+                    void* stream, char* text, size_t text_bytes);
 int32_t fastmqa_query_device(int32_t ordinal, fastmqa::Device*, char* text, size_t text_bytes);
 
 // The launches that run() would enqueue, as JSON: see docs/kernels.md. Returns the bytes that the
 // whole text takes, its terminator included, and writes as much of it as fits.
 size_t fastmqa_describe_launches(const fastmqa::AttentionParams*, const fastmqa::Device*,
-                                 char* json, size_t json_bytes);
+                                 int32_t tactic, char* json, size_t json_bytes);
 
 // The table of variants that this library was built with, as JSON; likewise.
 size_t fastmqa_describe_variants(char* json, size_t json_bytes);
