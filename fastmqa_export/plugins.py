@@ -16,9 +16,11 @@ from fastmqa_export.errors import MissingDependencyError
 if TYPE_CHECKING:
     from fastmqa_export.kernels import KernelLibrary
 
-#: Path of the library of kernels, before all other places.
+#: Environment variables that name a library's path, before all other places.
 LIBRARY_VARIABLE: Final = "FASTMQA_KERNELS"
+TRT_VARIABLE: Final = "FASTMQA_TRT_PLUGIN"
 LIBRARY_NAME: Final = "libfastmqa_kernels.so"
+TRT_NAME: Final = "libfastmqa_trt.so"
 
 PACKAGE: Final = Path(__file__).resolve().parent
 
@@ -34,28 +36,42 @@ def library_path() -> Path:
     Raises:
         MissingDependencyError: saying where was looked and how to build it.
     """
-    if given := os.environ.get(LIBRARY_VARIABLE):
+    return _find(LIBRARY_NAME, LIBRARY_VARIABLE, "the CUDA kernels are not built", build_command())
+
+
+def trt_plugin_path() -> Path:
+    """The TensorRT plugin: $FASTMQA_TRT_PLUGIN, that of the wheel, or that of the build folder.
+
+    Raises:
+        MissingDependencyError: saying where was looked and how to build it.
+    """
+    command = f"TENSORRT_ROOT=... {build_command()}"
+    return _find(TRT_NAME, TRT_VARIABLE, "the TensorRT plugin is not built", command)
+
+
+def _find(name: str, variable: str, complaint: str, command: str) -> Path:
+    if given := os.environ.get(variable):
         if Path(given).is_file():
             return Path(given)
         raise MissingDependencyError(
-            f"{LIBRARY_VARIABLE} is {given}, which is no file; build the library "
-            f"({build_command()}) or unset the variable"
+            f"{variable} is {given}, which is no file; build the library ({command}) or unset the "
+            "variable"
         )
-    places = [
-        PACKAGE / "lib" / LIBRARY_NAME,
-        PACKAGE.parent / "build" / "plugins" / LIBRARY_NAME,
-    ]
+    places = [PACKAGE / "lib" / name, PACKAGE.parent / "build" / "plugins" / name]
     for path in places:
         if path.is_file():
             return path
+    # What hatch_build.py wrote when the wheel was made.
+    note = PACKAGE / "lib" / "built.txt"
+    said = f" ({note.read_text(encoding='utf-8').strip()})" if note.is_file() else ""
     raise MissingDependencyError(
-        f"the CUDA kernels are not built: no {' and no '.join(map(str, places))}, and "
-        f"{LIBRARY_VARIABLE} is not set; build them: {build_command()}"
+        f"{complaint}: no {' and no '.join(map(str, places))}, and {variable} is not set{said}; "
+        f"build it: {command}"
     )
 
 
 def build_command() -> str:
-    """What builds the library of kernels to where it is looked for."""
+    """What builds the libraries to where they are looked for."""
     build = PACKAGE.parent / "build" / "plugins"
     return f"cmake -S {_sources_or_name()} -B {build} && cmake --build {build}"
 

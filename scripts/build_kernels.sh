@@ -6,9 +6,10 @@ usage() {
   cat <<'USAGE'
 Usage: scripts/build_kernels.sh [-o DIR] [SM...]
 
-Builds the library of CUDA kernels, DIR/libfastmqa_kernels.so (DIR: build/plugins), for the compute
-capabilities SM (75 80). Fails if a kernel spills registers or uses a stack. What did not change is
-not compiled again. Takes nvcc and CMake from the machine, or from PyPI where they are missing.
+Builds the library of CUDA kernels, DIR/libfastmqa_kernels.so (DIR: build/plugins), and with the same
+kernels the TensorRT plugin, DIR/libfastmqa_trt.so, for the compute capabilities SM (75 80). Fails if
+a kernel spills registers or uses a stack. What did not change is not compiled again. Takes nvcc,
+CMake and TensorRT's headers from the machine, or from PyPI where they are missing.
 USAGE
 }
 
@@ -27,7 +28,14 @@ list=${sms[*]}
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/nvcc.sh
+source scripts/tensorrt_headers.sh
 find_nvcc
+plugin=OFF
+if find_tensorrt_headers; then
+  plugin=ON
+else
+  echo "TensorRT's headers are missing, so its plugin is left out; set TENSORRT_INCLUDE_DIR" >&2
+fi
 PATH=$PWD/.venv/bin:$PATH
 if ! command -v c++ >/dev/null; then
   echo "a C++ compiler is missing; on Debian and Ubuntu: sudo apt-get install g++" >&2
@@ -38,11 +46,13 @@ if ! command -v cmake >/dev/null && [[ -x .venv/bin/python ]]; then install_tool
 with_cmake() {
   local generator=()
   if [[ ! -f $folder/CMakeCache.txt ]] && command -v ninja >/dev/null; then generator=(-G Ninja); fi
-  cmake -S plugins -B "$folder" "${generator[@]}" "-DFASTMQA_SMS=${list// /;}" &&
+  cmake -S plugins -B "$folder" "${generator[@]}" "-DFASTMQA_SMS=${list// /;}" \
+    -DFASTMQA_TRT="$plugin" "-DTENSORRT_INCLUDE_DIR=${TENSORRT_INCLUDE_DIR:-}" &&
     nice cmake --build "$folder" --parallel "$(nproc)"
 }
 
-# The same files and options as in plugins/CMakeLists.txt, for a bare machine: compiles all of them.
+# The same files and options as in plugins/CMakeLists.txt, for a bare machine: compiles all of them,
+# for the library of kernels alone.
 with_nvcc() {
   rm -f "$folder"/*.o "$folder"/*.o.log
   export -f compile

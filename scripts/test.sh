@@ -6,8 +6,8 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
   cat <<'USAGE'
 Usage: scripts/test.sh [OPTION...]
 
-Installs the package into .venv, then lints and type-checks it, builds the CUDA kernels for two GPU
-generations (which needs no GPU) and tests all.
+Installs the package into .venv, then lints and type-checks it, builds the CUDA kernels and the
+TensorRT plugin for two GPU generations (which needs no GPU) and tests all.
 OPTIONs are pytest's, for example: scripts/test.sh -k imports
 USAGE
   exit
@@ -16,6 +16,7 @@ fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
 ensure_venv
+ensure_test_tools
 
 # Tests never ask a network for a model, and fork after tokenizers may have started threads.
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

@@ -31,6 +31,17 @@ ensure_venv() {
   say "done in $((SECONDS - started)) s"
 }
 
+# Installs what only tests need: builders and loaders of engines that run without a GPU (NVIDIA's own
+# licence, 140 MB), and the schema of Triton's configuration. After `ensure_venv`.
+ensure_test_tools() {
+  local stamp
+  stamp=$(cat .venv/stamp constraints.txt scripts/venv.sh | sha256sum)
+  [[ $(cat .venv/stamp-tests 2>/dev/null) != "$stamp" ]] || return 0
+  say "installing tensorrt-rtx, tensorrt-lean and tritonclient for the tests"
+  pip install -q -c constraints.txt tensorrt-rtx-cu13 tensorrt-lean-cu13 'tritonclient[grpc]'
+  echo "$stamp" >.venv/stamp-tests
+}
+
 # Ends with a message unless python3 is new enough and can make virtual environments.
 require_python() {
   # Debian keeps the better half of venv, ensurepip, in a package of its own.
