@@ -43,6 +43,10 @@ class KernelError(FastMqaError):
     """CUDA refused a launch, or a library of kernels is not what it should be."""
 
 
+class EngineError(FastMqaError):
+    """An engine that cannot be built or loaded; the message gives TensorRT's reason."""
+
+
 class MismatchError(FastMqaError):
     """Two runtimes differ by more than the error budget."""
 
