@@ -2,8 +2,9 @@
 """Is the exported file as exact as PyTorch? Every output, many shapes, one rule.
 
 Polygraphy runs PyTorch in float64 (the oracle), PyTorch in the file's own dtype and the file in
-onnxruntime on the same sequences. `fastmqa_export.accuracy` says how far each is from the oracle
-and how far it may be. For language models, greedy text must be the same too.
+onnxruntime, and in other runtimes that are given, on the same sequences. `fastmqa_export.accuracy`
+says how far each is from the oracle and how far it may be. For language models, greedy text must be
+the same too.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,21 +25,20 @@ from polygraphy.logger import G_LOGGER
 
 from fastmqa_export.accuracy import ErrorBudget, ErrorStatistics, measure
 from fastmqa_export.errors import ConfigError, ModelFileError
-from fastmqa_export.runners import Feed, OneShotRunner, OnnxRunner, TorchRunner
-from fastmqa_export.runtime import OnnxModel, create_session, generate
+from fastmqa_export.language import PROMPTS, LanguageResult, Text, continue_prompt, judge_language
+from fastmqa_export.runners import Feed, TorchRunner, file_runner
+from fastmqa_export.runtime import (
+    CachedModel,
+    OneShotModel,
+    OnnxModel,
+    OnnxOneShot,
+    create_session,
+)
 from fastmqa_export.source import Source, to_numpy
 
 ORACLE: Final = "PyTorch float64 (oracle)"
 SAME_DTYPE: Final = "PyTorch, same dtype"
 ONNXRUNTIME: Final = "onnxruntime (function body)"
-
-#: What a language model is asked to continue.
-PROMPTS: Final = (
-    "The capital of France is",
-    "The three primary colours are",
-    "In mathematics, a prime number is",
-    "Write a short poem about the sea:\n",
-)
 
 #: Bins of the error distribution, log10 of the absolute error; smaller errors count as the first.
 _DECADES: Final = np.arange(-12.0, 1.01, 0.25)
@@ -66,11 +66,12 @@ CASES: Final = (
 
 @dataclasses.dataclass(frozen=True)
 class OutputAccuracy:
-    """How exact one output (or the caches of all layers) is, over all cases.
+    """How exact one output (or the caches of all layers) is in one runtime, over all cases.
 
     Attributes:
+        runtime: what ran the file.
         output: its name; ``*`` stands for the layer.
-        cases: how many cases were run.
+        cases: how many cases were run: those that the runtime has room for.
         max_abs: largest absolute error of the file against the oracle.
         mean_abs: mean of the cases' mean absolute errors.
         max_ulp: ``max_abs`` in units in the last place at that case's largest value.
@@ -81,6 +82,7 @@ class OutputAccuracy:
         reason: why it failed; empty if it passed.
     """
 
+    runtime: str
     output: str
     cases: int
     max_abs: float
@@ -106,41 +108,21 @@ class OutputAccuracy:
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptResult:
-    """Greedy continuations of one prompt."""
-
-    prompt: str
-    pytorch: str
-    onnxruntime: str
-    identical: bool
-    tokens: int
-
-
-@dataclasses.dataclass(frozen=True)
-class LanguageResult:
-    """Whether a language model still says the same.
+class Comparison:
+    """The whole result; ``reasons`` is empty if and only if it passed.
 
     Attributes:
-        top1_agreement: share of positions whose likeliest token is PyTorch's.
-        kl_mean: mean Kullback-Leibler divergence from PyTorch's distribution, in nats.
-        kl_max: its maximum.
-        prompts: the greedy texts.
+        outputs: a row per runtime and output.
+        distribution: counts of the first output's errors per bin, by runner.
+        decades: the bins' edges, log10 of the absolute error.
+        language: one result per runtime; empty for a model that takes no text.
+        reasons: why it failed.
     """
-
-    top1_agreement: float
-    kl_mean: float
-    kl_max: float
-    prompts: tuple[PromptResult, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """The whole result; ``reasons`` is empty if and only if it passed."""
 
     outputs: tuple[OutputAccuracy, ...]
     distribution: dict[str, list[int]]
     decades: list[float]
-    language: LanguageResult | None
+    language: tuple[LanguageResult, ...]
     reasons: tuple[str, ...]
 
     @property
@@ -153,6 +135,7 @@ def compare(
     source: Source,
     path: Path,
     *,
+    others: Mapping[str, CachedModel | OneShotModel] | None = None,
     budget: ErrorBudget | None = None,
     prompts: Sequence[str] = PROMPTS,
     new_tokens: int = 48,
@@ -164,7 +147,9 @@ def compare(
 
     Args:
         source: the model the file was made from, in the file's dtype.
-        path: the ONNX file.
+        path: the ONNX file, which onnxruntime runs.
+        others: the same file in more runtimes, by the names that the result gives them; judged by
+            the same rule, on the cases that they have room for.
         budget: what decides; None: the rule for the source's dtype.
         prompts: continued greedily if the source has a tokenizer.
         new_tokens: tokens per prompt.
@@ -174,7 +159,8 @@ def compare(
 
     Raises:
         ModelFileError: if the file does not run, or takes other inputs than the source gives.
-        ConfigError: if onnxruntime on this machine cannot run the file's dtype.
+        ConfigError: if onnxruntime on this machine cannot run the file's dtype, or a runtime has
+            room for none of the cases.
     """
     if source.dtype == torch.bfloat16:
         raise ConfigError(
@@ -182,63 +168,54 @@ def compare(
             "compared here; export with --dtype float32 or float16"
         )
     budget = budget or ErrorBudget.of(source.dtype)
-    session = create_session(path, threads=threads)
-    names = [x.name for x in session.get_inputs()]
-    if source.input_name not in names:
-        raise ModelFileError(
-            f"{path} takes {', '.join(names[:3])}…, but {source.name} gives {source.input_name}: "
-            "was the file exported from another SOURCE?"
-        )
-    with_cache = "position" in names
-    model = OnnxModel(session) if with_cache else None
-    runners = [
-        TorchRunner(ORACLE, source, torch.float64, with_cache=with_cache),
-        TorchRunner(SAME_DTYPE, source, source.dtype, with_cache=with_cache),
-        OnnxRunner(ONNXRUNTIME, source, model)
-        if model
-        else OneShotRunner(ONNXRUNTIME, source, session),
+    models = {ONNXRUNTIME: _in_onnxruntime(path, threads), **(others or {})}
+    for name, model in models.items():
+        if model.input_name != source.input_name:
+            raise ModelFileError(
+                f"{path} in {name} takes {model.input_name}, but {source.name} gives "
+                f"{source.input_name}: was the file exported from another SOURCE?"
+            )
+    with_cache = isinstance(models[ONNXRUNTIME], CachedModel)
+    feeds = [(case.name, _feed(source, case)) for case in cases]
+    texts: dict[int, Text] = {}  # by the index of their feed
+    tokenizer = source.tokenizer() if with_cache else None
+    if tokenizer and prompts:
+        progress("greedy text of PyTorch")
+        for number, prompt in enumerate(prompts, 1):
+            text = texts[len(feeds)] = continue_prompt(source, tokenizer, prompt, new_tokens)
+            feeds.append((f"prompt {number}", text.feed))
+    trials = _Trials(source, feeds, progress, with_cache=with_cache)
+    outputs: list[OutputAccuracy] = []
+    language: list[LanguageResult] = []
+    for name, model in models.items():
+        results = trials.run(name, model)
+        outputs += _judge(name, trials.errors(name, results), budget)
+        said = [i for i in texts if i in results]
+        if said and isinstance(model, CachedModel):
+            progress(f"greedy text of {name}")
+            output = source.output_name
+            logits = [(trials.same_dtype[i][output], results[i][output]) for i in said]
+            language.append(judge_language(name, model, source, [texts[i] for i in said], logits))
+    reasons = [f"{row.runtime}, {row.output}: {row.reason}" for row in outputs if not row.passed]
+    reasons += [
+        f"{result.runtime}, prompt {prompt.prompt!r} is continued otherwise than by PyTorch"
+        for result in language
+        for prompt in result.prompts
+        if not prompt.identical
     ]
-
-    language, texts = None, []
-    tokenizer = source.tokenizer() if model else None
-    if model and tokenizer and prompts:
-        progress("greedy text")
-        texts = _greedy(source, model, tokenizer, prompts, new_tokens)
-    feeds = [_feed(source, case) for case in cases]
-    text_cases = [SequenceCase(f"prompt {i + 1}", (t.prompt,), t.new) for i, t in enumerate(texts)]
-    feeds += [
-        {
-            "sequence": np.array([t.tokens]),
-            "prefill": np.array([t.prompt]),
-            "decode": np.array([t.new]),
-        }
-        for t in texts
-    ]
-    named = [*cases, *text_cases]
-
-    progress(f"{len(named)} cases in PyTorch float64, PyTorch and onnxruntime")
-    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-        results = Comparator.run(runners, data_loader=feeds)
-        measured = _Measure(source.dtype)
-        Comparator.compare_accuracy(results, comparisons=[(0, 1), (0, 2)], compare_func=measured)
-    progress("judging")
-    same, ours = measured.errors[SAME_DTYPE], measured.errors[ONNXRUNTIME]
-    outputs = tuple(_judge(named, same, ours, budget))
-    reasons = [f"{o.output}: {o.reason}" for o in outputs if not o.passed]
-    if texts:
-        language = _language(texts, results, len(cases), source.output_name)
-        reasons += [
-            f"prompt {i + 1} is continued otherwise than by PyTorch"
-            for i, p in enumerate(language.prompts)
-            if not p.identical
-        ]
     return Comparison(
-        outputs,
-        measured.distribution(source.output_name),
+        tuple(outputs),
+        trials.measured.distribution(source.output_name),
         _DECADES.tolist(),
-        language,
+        tuple(language),
         tuple(reasons),
     )
+
+
+def _in_onnxruntime(path: Path, threads: int) -> CachedModel | OneShotModel:
+    session = create_session(path, threads=threads)
+    is_cached = any(x.name == "position" for x in session.get_inputs())
+    return OnnxModel(session) if is_cached else OnnxOneShot(session)
 
 
 def _feed(source: Source, case: SequenceCase) -> Feed:
@@ -250,6 +227,62 @@ def _feed(source: Source, case: SequenceCase) -> Feed:
         "prefill": np.array(case.prefill, np.int64),
         "decode": np.array([case.decode], np.int64),
     }
+
+
+_Errors = dict[str, ErrorStatistics]
+
+
+class _Trials:
+    """Sequences for every runtime, with what PyTorch makes of them.
+
+    Attributes:
+        same_dtype: PyTorch's outputs in the source's own dtype, by feed.
+        measured: the errors of all that was run.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        feeds: Sequence[tuple[str, Feed]],
+        progress: Callable[[str], None],
+        *,
+        with_cache: bool,
+    ) -> None:
+        self.source, self.feeds, self.progress = source, feeds, progress
+        self.measured = _Measure(source.dtype)
+        progress(f"{len(feeds)} cases in PyTorch float64 and PyTorch")
+        runners = [
+            TorchRunner(ORACLE, source, torch.float64, with_cache=with_cache),
+            TorchRunner(SAME_DTYPE, source, source.dtype, with_cache=with_cache),
+        ]
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+            results = Comparator.run(runners, data_loader=[feed for _, feed in feeds])
+            Comparator.compare_accuracy(results, compare_func=self.measured)
+        self.oracle, self.same_dtype = results[ORACLE], results[SAME_DTYPE]
+
+    def run(self, name: str, model: CachedModel | OneShotModel) -> dict[int, Any]:
+        """The outputs of a runtime by feed, of those that it has room for."""
+        runner = file_runner(name, self.source, model)
+        taken = [i for i, (_, feed) in enumerate(self.feeds) if runner.takes(feed)]
+        skipped = ", ".join(x for i, (x, _) in enumerate(self.feeds) if i not in taken)
+        if not taken:
+            raise ConfigError(f"{name} has room for none of the cases: {skipped}")
+        self.progress(
+            f"{len(taken)} cases in {name}" + (f"; no room for {skipped}" if skipped else "")
+        )
+        oracle = RunResults([(ORACLE, [self.oracle[i] for i in taken])])
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+            results = Comparator.run([runner], data_loader=[self.feeds[i][1] for i in taken])
+            Comparator.compare_accuracy([oracle, results], compare_func=self.measured)
+        return dict(zip(taken, results[name], strict=True))
+
+    def errors(self, name: str, taken: Iterable[int]) -> list[tuple[str, _Errors, _Errors]]:
+        """Of each feed that a runtime took its name, that runtime's errors and PyTorch's."""
+        same = self.measured.errors[SAME_DTYPE]
+        return [
+            (self.feeds[i][0], ours, same[i])
+            for i, ours in zip(taken, self.measured.errors[name], strict=True)
+        ]
 
 
 class _Measure(BaseCompareFunc):  # type: ignore[misc]
@@ -285,19 +318,22 @@ class _Measure(BaseCompareFunc):  # type: ignore[misc]
 
 
 def _judge(
-    cases: Sequence[SequenceCase],
-    same: list[dict[str, ErrorStatistics]],
-    ours: list[dict[str, ErrorStatistics]],
-    budget: ErrorBudget,
+    runtime: str, cases: Sequence[tuple[str, _Errors, _Errors]], budget: ErrorBudget
 ) -> Iterator[OutputAccuracy]:
-    """One row per output; the layers' caches are one row for keys and one for values."""
+    """One row per output; the layers' caches are one row for keys and one for values.
+
+    Args:
+        runtime: what ran the file.
+        cases: of each its name, our errors by output, and those of PyTorch in the same dtype.
+        budget: how far ours may be beyond theirs.
+    """
     groups: dict[str, list[str]] = {}
-    for name in ours[0]:
+    for name in cases[0][1]:
         groups.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
     for group, members in groups.items():
         rows = [
-            (our[name], their[name], case.name if name == group else f"{case.name}, {name}")
-            for case, our, their in zip(cases, ours, same, strict=True)
+            (our[name], their[name], case if name == group else f"{case}, {name}")
+            for case, our, their in cases
             for name in members
         ]
         worst, _, where = max(rows, key=lambda row: row[0].max_abs)
@@ -311,6 +347,7 @@ def _judge(
                     f"error {error.max_abs:.2e} exceeds {budget.case_limit(their):.2e} ({case})"
                 )
         yield OutputAccuracy(
+            runtime=runtime,
             output=group,
             cases=len(cases),
             max_abs=worst.max_abs,
@@ -322,66 +359,3 @@ def _judge(
             worst_case=where,
             reason=reason,
         )
-
-
-# Language
-
-
-@dataclasses.dataclass(frozen=True)
-class _Text:
-    """A prompt with PyTorch's continuation as tokens, and both continuations as text."""
-
-    text: str
-    tokens: list[int]
-    prompt: int
-    new: int
-    pytorch: str
-    onnxruntime: str
-    identical: bool
-
-
-def _greedy(
-    source: Source, model: OnnxModel, tokenizer: Any, prompts: Sequence[str], new_tokens: int
-) -> list[_Text]:
-    """Continue the prompts by transformers' own generate() and by the file, and compare."""
-    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    stop = source.stop_tokens()
-    ours = generate(model, encoded, new_tokens, stop=stop)
-    texts = []
-    for prompt, tokens, our in zip(prompts, encoded, ours, strict=True):
-        their = source.generate(tokens, new_tokens)
-        texts.append(
-            _Text(
-                text=prompt,
-                tokens=[*tokens, *their[:-1]],
-                prompt=len(tokens),
-                new=len(their) - 1,
-                pytorch=tokenizer.decode(their),
-                onnxruntime=tokenizer.decode(our),
-                identical=their == our,
-            )
-        )
-    return texts
-
-
-def _language(
-    texts: Sequence[_Text], results: RunResults, first: int, output: str
-) -> LanguageResult:
-    """Agreement of the distributions along PyTorch's own texts."""
-    agree, divergences = [], []
-    for index in range(first, first + len(texts)):
-        theirs, ours = (
-            torch.from_numpy(results[name][index][output]).double().log_softmax(-1)
-            for name in (SAME_DTYPE, ONNXRUNTIME)
-        )
-        agree.append(theirs.argmax(-1) == ours.argmax(-1))
-        divergences.append((theirs.exp() * (theirs - ours)).sum(-1))
-    divergence = torch.cat(divergences).clamp(min=0)
-    return LanguageResult(
-        top1_agreement=torch.cat(agree).double().mean().item(),
-        kl_mean=divergence.mean().item(),
-        kl_max=divergence.max().item(),
-        prompts=tuple(
-            PromptResult(t.text, t.pytorch, t.onnxruntime, t.identical, t.new + 1) for t in texts
-        ),
-    )

@@ -19,15 +19,10 @@ import onnx.inliner
 import torch
 
 from fastmqa_export import __version__
-from fastmqa_export.compare import (
-    ONNXRUNTIME,
-    PROMPTS,
-    SAME_DTYPE,
-    Comparison,
-    compare,
-)
+from fastmqa_export.compare import ONNXRUNTIME, SAME_DTYPE, Comparison, compare
 from fastmqa_export.files import check_writable_folder
 from fastmqa_export.inspect import describe_value, load_model
+from fastmqa_export.language import PROMPTS
 from fastmqa_export.onnx_export import ExportedFile, export
 from fastmqa_export.progress import Progress
 from fastmqa_export.report import write_report
@@ -153,11 +148,10 @@ def count_ops(path: Path) -> dict[str, dict[str, int]]:
 
 def describe_comparison(comparison: Comparison, source: Source) -> dict[str, Any]:
     """The sections of the report that the comparison fills."""
-    labels = {SAME_DTYPE: f"PyTorch {_name(source.dtype)}", ONNXRUNTIME: ONNXRUNTIME}
+    labels = {SAME_DTYPE: f"PyTorch {_name(source.dtype)}"}
     return {
         "accuracy": [
             {
-                "runtime": ONNXRUNTIME,
                 "dtype": _name(source.dtype),
                 **{f.name: getattr(o, f.name) for f in dataclasses.fields(o) if f.name != "reason"},
                 "error_ratio": o.error_ratio,
@@ -166,10 +160,10 @@ def describe_comparison(comparison: Comparison, source: Source) -> dict[str, Any
             for o in comparison.outputs
         ],
         "error_distribution": [
-            {"label": labels[runner], "edges": comparison.decades, "counts": counts}
+            {"label": labels.get(runner, runner), "edges": comparison.decades, "counts": counts}
             for runner, counts in comparison.distribution.items()
         ],
-        "language": dataclasses.asdict(comparison.language) if comparison.language else None,
+        "language": [dataclasses.asdict(result) for result in comparison.language],
         "verdict": {"passed": comparison.passed, "reasons": list(comparison.reasons)},
     }
 

@@ -5,9 +5,9 @@ The result is a dictionary of plain values, made by `fastmqa_export.pipeline`:
 
 * ``tool``, ``source``, ``export``, ``versions``, ``machine``: what was done, with what;
 * ``graph``: op counts ``unfused`` and ``fused``;
-* ``accuracy``: a row per output (errors against the float64 oracle, limit, passed);
+* ``accuracy``: a row per runtime and output (errors against the float64 oracle, limit, passed);
 * ``error_distribution``: histograms (label, edges in log10 of the absolute error, counts);
-* ``language``: None, or agreement of a language model and its greedy texts;
+* ``language``: per runtime, agreement of a language model and its greedy texts; may be empty;
 * ``kv_cache``: bytes per token of MHA, GQA, MQA and MLA;
 * ``timings``: medians with percentiles, in milliseconds;
 * ``verdict``: passed, and the reasons if not.
@@ -66,21 +66,25 @@ def render(result: Mapping[str, Any]) -> str:
 
 def summary(result: Mapping[str, Any]) -> str:
     """The result in a few lines for a terminal: accuracy, texts, verdict."""
-    lines = []
+    lines: list[str] = []
+    several = len({row["runtime"] for row in result["accuracy"]}) > 1
     for row in result["accuracy"]:
+        heading = f"{row['runtime']}, {row['cases']} cases"
+        if several and heading not in lines:
+            lines.append(heading)
         mark = "ok  " if row["passed"] else "FAIL"
         lines.append(
             f"{mark} {row['output']:<18} max error {scientific(row['max_abs'])}, "
             f"{row['error_ratio']:.2f} × PyTorch {row['dtype']}, limit {scientific(row['limit'])}"
         )
-    language = result["language"]
-    if language:
+    for language in result["language"]:
         lines.append(
             f"     top-1 agreement {percent(language['top1_agreement'])}, "
             f"mean KL {scientific(language['kl_mean'])} nats"
+            + (f" in {language['runtime']}" if several else "")
         )
         for prompt in language["prompts"]:
-            text, ours = (printable(prompt[key]) for key in ("prompt", "onnxruntime"))
+            text, ours = (printable(prompt[key]) for key in ("prompt", "text"))
             lines += ["", f"> {text.rstrip()}", ours.strip()]
             if prompt["identical"]:
                 lines.append(f"({prompt['tokens']} tokens, the same as PyTorch's)")

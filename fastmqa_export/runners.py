@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Polygraphy runners that feed whole sequences: PyTorch in one pass, a file in prefill and decode.
 
+Which runtime runs the file is no matter here, see `fastmqa_export.runtime`.
+
 A feed is a batch of sequences: ``sequence`` (B, N, …) padded on the right, ``prefill`` int64 (B,),
 how many tokens of each are fed first and at once, and ``decode`` int64 (1,), how many follow one by
 one. Every runner returns the outputs of the valid tokens alone, (Σ tokens, …), so that padding
@@ -21,7 +23,7 @@ from numpy.typing import NDArray
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
-from fastmqa_export.runtime import OnnxModel
+from fastmqa_export.runtime import CachedModel, OneShotModel, present_name
 from fastmqa_export.source import Source, to_numpy
 
 Feed = Mapping[str, NDArray[Any]]
@@ -84,13 +86,24 @@ class TorchRunner(_SequenceRunner):
         return {name: to_numpy(torch.cat(tensors)) for name, tensors in parts.items()}
 
 
-class OnnxRunner(_SequenceRunner):
+class FileRunner(_SequenceRunner):
+    """An exported file in some runtime; `file_runner` makes the right one."""
+
+    model: CachedModel | OneShotModel
+
+    def takes(self, feed: Feed) -> bool:
+        """Whether the runtime has room for the feed."""
+        sequence, prefill, decode = feed["sequence"], feed["prefill"], int(feed["decode"][0])
+        return self.model.takes(len(sequence), int(prefill.max()), int(prefill.max()) + decode)
+
+
+class StepRunner(FileRunner):
     """An exported file with a static cache: a padded prefill, then one token after the other."""
 
-    def __init__(self, name: str, source: Source, model: OnnxModel) -> None:
-        """Run ``model``, whose buffers start small so that they have to grow."""
+    def __init__(self, name: str, source: Source, model: CachedModel) -> None:
+        """Run ``model``, whose buffers start small so that they have to grow where they can."""
         super().__init__(name, source)
-        self.model = model
+        self.model: CachedModel = model
 
     def run(
         self, sequence: NDArray[Any], prefill: NDArray[Any], decode: int
@@ -110,31 +123,36 @@ class OnnxRunner(_SequenceRunner):
         for name in model.cache_names:
             cache = model.cache(name).swapaxes(1, 2)  # (B, T, Hkv, ·)
             valid = [cache[b, : prefill[b] + decode] for b in range(batch)]
-            outputs[name.replace("past_key_values", "present")] = np.concatenate(valid)
+            outputs[present_name(name)] = np.concatenate(valid)
         return outputs
 
 
-class OneShotRunner(_SequenceRunner):
+class OneShotRunner(FileRunner):
     """An exported file without a cache: whole sequences, padded on the right, in one run."""
 
-    def __init__(self, name: str, source: Source, session: Any) -> None:
-        """Run ``session``, whose second input says what is padding."""
+    def __init__(self, name: str, source: Source, model: OneShotModel) -> None:
+        """Run ``model``."""
         super().__init__(name, source)
-        self.session = session
+        self.model: OneShotModel = model
 
     def run(
         self, sequence: NDArray[Any], prefill: NDArray[Any], decode: int
     ) -> dict[str, NDArray[Any]]:
         """The only output, of valid tokens."""
         lengths = prefill + decode
-        x, padding = (i.name for i in self.session.get_inputs())
-        if padding == "attention_mask":
+        if self.model.padding_name == "attention_mask":
             told = (np.arange(sequence.shape[1]) < lengths[:, None]).astype(np.int64)
         else:
             told = lengths.astype(np.int32)
-        output = self.session.get_outputs()[0].name
-        (y,) = self.session.run([output], {x: sequence, padding: told})
-        return {output: np.concatenate([y[b, :n] for b, n in enumerate(lengths)])}
+        y = self.model.run(sequence, told)
+        return {self.model.output_name: np.concatenate([y[b, :n] for b, n in enumerate(lengths)])}
+
+
+def file_runner(name: str, source: Source, model: CachedModel | OneShotModel) -> FileRunner:
+    """The runner for a model with or without a cache."""
+    if isinstance(model, CachedModel):
+        return StepRunner(name, source, model)
+    return OneShotRunner(name, source, model)
 
 
 def _in_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -11,12 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmqa_export.errors import ConfigError, MissingDependencyError, ModelFileError
+from fastmqa_export.errors import ConfigError, KernelError, MissingDependencyError, ModelFileError
 
 _NUMPY: Final = {
     "tensor(float)": np.float32,
@@ -25,7 +25,8 @@ _NUMPY: Final = {
     "tensor(int32)": np.int32,
 }
 
-_PAST: Final = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+#: Inputs of an exported file that hold its cache; `present_name` gives the outputs.
+PAST: Final = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 
 
 class StepModel(Protocol):
@@ -41,20 +42,72 @@ class StepModel(Protocol):
         """Keep that many of the last step's tokens of each sequence; the rest was padding."""
 
 
+@runtime_checkable
+class CachedModel(StepModel, Protocol):
+    """An exported file with a static cache, in some runtime.
+
+    Attributes:
+        input_name: the graph input that holds the sequence.
+        output_name: the first graph output.
+        position: int64 (B,), tokens cached in each sequence.
+    """
+
+    input_name: str
+    output_name: str
+    position: NDArray[Any]
+
+    @property
+    def cache_names(self) -> list[str]:
+        """Names of the inputs ``past_key_values.*``, in order."""
+
+    def cache(self, name: str) -> NDArray[Any]:
+        """The buffer behind an input ``past_key_values.*``, (B, Hkv, T, ·); a copy."""
+
+    def takes(self, batch: int, prefill: int, length: int) -> bool:
+        """Whether ``batch`` sequences fit: ``prefill`` tokens at once, ``length`` in all."""
+
+
+class OneShotModel(Protocol):
+    """An exported file without a cache, in some runtime.
+
+    Attributes:
+        input_name: the graph input that holds the sequence.
+        padding_name: the one that says what is padding.
+        output_name: the only graph output.
+    """
+
+    input_name: str
+    padding_name: str
+    output_name: str
+
+    def run(self, x: NDArray[Any], padding: NDArray[Any]) -> NDArray[Any]:
+        """Whole sequences x (B, N, …), padded on the right, to the output (B, N, …)."""
+
+    def takes(self, batch: int, prefill: int, length: int) -> bool:
+        """Whether ``batch`` sequences of ``length`` tokens fit."""
+
+
+def present_name(past: str) -> str:
+    """The output that holds an input ``past_key_values.*`` after the step."""
+    return past.replace("past_key_values", "present")
+
+
 def next_power_of_two(n: int) -> int:
     """The smallest power of two ≥ n ≥ 1."""
     return 1 << (n - 1).bit_length()
 
 
-def create_session(path: Path, *, threads: int = 0) -> Any:
+def create_session(path: Path, *, threads: int = 0, library: Path | None = None) -> Any:
     """An onnxruntime session on the CPU.
 
     Args:
         path: an ONNX file.
         threads: for one op; 0: as many as cores.
+        library: our custom op, which then runs instead of the function in the file.
 
     Raises:
         ModelFileError: if onnxruntime cannot load it.
+        KernelError: if it cannot load the library.
         MissingDependencyError: if onnxruntime is not installed.
     """
     try:
@@ -68,6 +121,12 @@ def create_session(path: Path, *, threads: int = 0) -> Any:
     options.intra_op_num_threads = threads
     # Warnings about the machine and about initializers that no node reads are not the user's.
     options.log_severity_level = 3
+    if library is not None:
+        try:
+            options.register_custom_ops_library(str(library))
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            first = str(error).splitlines()[0]
+            raise KernelError(f"onnxruntime cannot load the library {library}: {first}") from error
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base class
@@ -91,7 +150,7 @@ class OnnxModel:
         """
         self.session = session
         inputs = {x.name: x for x in session.get_inputs()}
-        self._past = {name: x for name, x in inputs.items() if _PAST.fullmatch(name)}
+        self._past = {name: x for name, x in inputs.items() if PAST.fullmatch(name)}
         if not self._past or "position" not in inputs:
             raise ModelFileError(
                 "this file has no KV cache (inputs position and past_key_values.*); export it "
@@ -99,7 +158,7 @@ class OnnxModel:
             )
         outputs = {x.name for x in session.get_outputs()}
         for name in self._past:
-            if (present := name.replace("past_key_values", "present")) not in outputs:
+            if (present := present_name(name)) not in outputs:
                 raise ModelFileError(f"this file has no output {present}; export it again")
         self.input_name = next(x for x in inputs if x not in self._past and x != "position")
         self.input_type = _NUMPY[inputs[self.input_name].type]
@@ -153,6 +212,10 @@ class OnnxModel:
         array: NDArray[Any] = self._buffers[name].numpy()
         return array.copy()
 
+    def takes(self, batch: int, prefill: int, length: int) -> bool:
+        """Always: the buffers grow."""
+        return True
+
     def buffer_address(self, name: str) -> int:
         """Where that buffer lies: the same as long as it is neither grown nor reset."""
         return int(self._buffers[name].data_ptr())
@@ -176,7 +239,40 @@ class OnnxModel:
         self._binding = self.session.io_binding()
         for name, buffer in self._buffers.items():
             self._binding.bind_ortvalue_input(name, buffer)
-            self._binding.bind_ortvalue_output(name.replace("past_key_values", "present"), buffer)
+            self._binding.bind_ortvalue_output(present_name(name), buffer)
+
+
+class OnnxOneShot:
+    """An exported file without a cache, in onnxruntime."""
+
+    def __init__(self, session: Any) -> None:
+        """Wrap a session of `create_session`.
+
+        Raises:
+            ModelFileError: if the file takes or gives something else than one sequence.
+        """
+        self.session = session
+        inputs, outputs = (
+            [x.name for x in a] for a in (session.get_inputs(), session.get_outputs())
+        )
+        if len(inputs) != 2 or len(outputs) != 1:
+            raise ModelFileError(
+                f"the file has inputs {', '.join(inputs)} and outputs {', '.join(outputs)}; one "
+                "without a cache has a sequence, what is padding in it, and one output: export it "
+                "with `fastmqa-export export --cache none`"
+            )
+        (self.input_name, self.padding_name), (self.output_name,) = inputs, outputs
+
+    def run(self, x: NDArray[Any], padding: NDArray[Any]) -> NDArray[Any]:
+        """Whole sequences x (B, N, …), padded on the right, to the output (B, N, …)."""
+        y: NDArray[Any]
+        feed = {self.input_name: x, self.padding_name: padding}
+        (y,) = self.session.run([self.output_name], feed)
+        return y
+
+    def takes(self, batch: int, prefill: int, length: int) -> bool:
+        """Always."""
+        return True
 
 
 def generate(

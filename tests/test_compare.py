@@ -10,7 +10,7 @@ import torch
 
 from fastmqa_export.accuracy import ErrorBudget, measure
 from fastmqa_export.builtin import BuiltinOptions, create
-from fastmqa_export.compare import CASES, SequenceCase, _judge, compare
+from fastmqa_export.compare import CASES, _judge, compare
 from fastmqa_export.errors import ConfigError, ModelFileError
 from fastmqa_export.pipeline import export_source
 
@@ -50,7 +50,7 @@ def test_a_good_file_passes(name, cache, dtype, tmp_path):
     assert set(outputs) == {"output"} | cached
     assert all(row.cases == len(CASES) for row in outputs.values())
     assert all(0 < row.max_abs <= row.limit for row in outputs.values())
-    assert comparison.language is None
+    assert comparison.language == ()
     assert sum(comparison.distribution["PyTorch, same dtype"]) > 0
 
 
@@ -129,20 +129,18 @@ def statistics(error: float):
 
 
 def test_one_case_cannot_hide_behind_the_larger_error_of_another():
-    cases = [SequenceCase("good", (1,), 0), SequenceCase("bad", (1,), 0)]
-    same = [{"y": statistics(1e-2)}, {"y": statistics(1e-6)}]
-    ours = [{"y": statistics(1e-2)}, {"y": statistics(1e-4)}]
-    (row,) = _judge(cases, same, ours, ErrorBudget())
+    good = ("good", {"y": statistics(1e-2)}, {"y": statistics(1e-2)})
+    bad = ("bad", {"y": statistics(1e-4)}, {"y": statistics(1e-6)})
+    (row,) = _judge("runtime", [good, bad], ErrorBudget())
     assert row.max_abs == pytest.approx(1e-2)
     assert "(bad)" in row.reason
-    (row,) = _judge(cases, same, same, ErrorBudget())
+    (row,) = _judge("runtime", [good, good], ErrorBudget())
     assert row.passed
 
 
 def test_layers_are_judged_together():
-    case = [SequenceCase("case", (1,), 0)]
-    same = [{"present.0.key": statistics(1e-6), "present.1.key": statistics(1e-6)}]
-    ours = [{"present.0.key": statistics(1e-6), "present.1.key": statistics(9e-6)}]
-    (row,) = _judge(case, same, ours, ErrorBudget())
+    same = {"present.0.key": statistics(1e-6), "present.1.key": statistics(1e-6)}
+    ours = {"present.0.key": statistics(1e-6), "present.1.key": statistics(9e-6)}
+    (row,) = _judge("runtime", [("case", ours, same)], ErrorBudget())
     assert row.output == "present.*.key"
     assert "present.1.key" in row.reason

@@ -58,20 +58,23 @@ RESULT = {
         {"label": "PyTorch float32", "edges": [-8.0, -7.0, -6.0], "counts": [10, 30]},
         {"label": "onnxruntime", "edges": [-8.0, -7.0, -6.0], "counts": [20, 20]},
     ],
-    "language": {
-        "top1_agreement": 1.0,
-        "kl_mean": 1e-11,
-        "kl_max": 2e-11,
-        "prompts": [
-            {
-                "prompt": "<script>alert(1)</script>",
-                "pytorch": " yes",
-                "onnxruntime": " yes",
-                "identical": True,
-                "tokens": 48,
-            }
-        ],
-    },
+    "language": [
+        {
+            "runtime": "onnxruntime (function body)",
+            "top1_agreement": 1.0,
+            "kl_mean": 1e-11,
+            "kl_max": 2e-11,
+            "prompts": [
+                {
+                    "prompt": "<script>alert(1)</script>",
+                    "pytorch": " yes",
+                    "text": " yes",
+                    "identical": True,
+                    "tokens": 48,
+                }
+            ],
+        }
+    ],
     "kv_cache": {
         "dtype": "float32",
         "context": 4096,
@@ -107,7 +110,7 @@ RESULT = {
 def failing() -> dict:
     result = copy.deepcopy(RESULT)
     result["accuracy"][0] |= {"max_abs": math.nan, "error_ratio": math.inf, "passed": False}
-    result["language"]["prompts"][0] |= {"onnxruntime": " no", "identical": False}
+    result["language"][0]["prompts"][0] |= {"text": " no", "identical": False}
     result["verdict"] = {"passed": False, "reasons": ["logits: error nan exceeds 4.0e-06"]}
     return result
 
@@ -163,11 +166,29 @@ def test_a_failure_is_seen_first():
 
 
 def test_a_report_without_language_or_timings():
-    result = {**RESULT, "language": None, "timings": [], "error_distribution": []}
+    result = {**RESULT, "language": [], "timings": [], "error_distribution": []}
     page = render(result)
     Balanced(page)
     assert "Language" not in page
     assert "<svg" not in page
+
+
+def test_runtimes_are_told_apart():
+    result = copy.deepcopy(RESULT)
+    (row,), (language,) = result["accuracy"], result["language"]
+    result["accuracy"].append({**row, "runtime": "an engine", "cases": 6})
+    result["language"].append({**language, "runtime": "an engine"})
+    result["error_distribution"].append({**result["error_distribution"][0], "label": "an engine"})
+    page, text = render(result), summary(result)
+    Balanced(page)
+    assert "Every output in onnxruntime (function body) and in an engine is as close" in page
+    assert page.count('<td colspan="10">an engine</td>') == 1
+    assert page.count("<h2>Language, ") == 2
+    assert '<polyline class="l2"' in page and '<span class="k2">┅' in page
+    assert "onnxruntime (function body), 7 cases\nok   logits" in text
+    assert "an engine, 6 cases\nok   logits" in text
+    assert "mean KL 1.0e-11 nats in an engine" in text
+    assert "cases" not in summary(RESULT), "with one runtime nothing needs a heading"
 
 
 def test_both_files_are_written_and_json_has_no_nan(tmp_path):
@@ -243,7 +264,7 @@ def test_a_report_without_fused_nodes_or_accuracy():
 
 def test_texts_that_no_terminal_or_file_should_obey(tmp_path):
     result = copy.deepcopy(RESULT)
-    result["language"]["prompts"][0] |= {"prompt": "a\udc80", "onnxruntime": "\x1b[2Jé\n日"}
+    result["language"][0]["prompts"][0] |= {"prompt": "a\udc80", "text": "\x1b[2Jé\n日"}
     text = summary(result)
     assert "\\x1b[2Jé\n日" in text
     text.encode("utf-8")

@@ -9,7 +9,13 @@ import torch
 from fastmqa_export.builtin import BuiltinOptions, create
 from fastmqa_export.errors import ConfigError, ModelFileError
 from fastmqa_export.pipeline import export_source
-from fastmqa_export.runtime import OnnxModel, create_session, generate, next_power_of_two
+from fastmqa_export.runtime import (
+    OnnxModel,
+    OnnxOneShot,
+    create_session,
+    generate,
+    next_power_of_two,
+)
 
 KEY = "past_key_values.0.key"
 
@@ -101,6 +107,11 @@ def test_a_file_without_a_cache_cannot_be_stepped(tmp_path):
     export_source(source, tmp_path / "m.onnx", "none")
     with pytest.raises(ModelFileError, match="has no KV cache"):
         OnnxModel(create_session(tmp_path / "m.onnx"))
+
+
+def test_a_file_with_a_cache_is_not_run_at_once(path):
+    with pytest.raises(ModelFileError, match=r"has inputs .*position.*--cache none"):
+        OnnxOneShot(create_session(path))
 
 
 def test_a_file_that_is_no_model_is_refused(tmp_path):
