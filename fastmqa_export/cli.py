@@ -77,6 +77,12 @@ _json = click.option("--json", "as_json", is_flag=True, help="Machine-readable r
 _threads = click.option(
     "--threads", type=click.IntRange(min=0), default=0, help="0: as many as cores."
 )
+
+
+def _limit(name: str, help: str) -> Callable[..., Any]:
+    return click.option(name, type=click.IntRange(min=1), help=f"{help} Default: the recipe's.")
+
+
 _prompts = _options(
     click.option("--prompt", "prompts", multiple=True, help="Text to continue; repeatable."),
     click.option("--new-tokens", type=click.IntRange(min=1), default=48, show_default=True),
@@ -124,7 +130,7 @@ _source_options = _options(
 def export(
     source: str, output: Path, dtype: str, cache: str, as_json: bool, **options: Any
 ) -> None:
-    r"""Export a model to ONNX, each attention as one fused node.
+    """Export a model to ONNX, each attention as one fused node.
 
     \b
     Example: fastmqa-export export mqa-1024 -o mqa.onnx
@@ -156,6 +162,13 @@ export.help = f"{export.help}\n\n    {_SOURCE}"
 @main.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--source", required=True, help="What the file was exported from.")
+@click.option("--engine", type=click.Path(path_type=Path), help="Also judge this .plan of it.")
+@click.option(
+    "--plugin", type=click.Path(path_type=Path), help="Library that the engine needs; else found."
+)
+@click.option(
+    "--allow-host-code", is_flag=True, help="Run a version-compatible engine's code for the CPU."
+)
 @_prompts
 @_threads
 @_source_options
@@ -163,34 +176,50 @@ export.help = f"{export.help}\n\n    {_SOURCE}"
 def compare(
     model: Path,
     source: str,
+    engine: Path | None,
+    plugin: Path | None,
+    allow_host_code: bool,
     prompts: tuple[str, ...],
     new_tokens: int,
     threads: int,
     as_json: bool,
     **options: Any,
 ) -> None:
-    r"""Compare an exported file with its source in PyTorch and with a float64 oracle.
+    """Compare an exported file with its source in PyTorch and with a float64 oracle.
 
-    Ends with 1 if an output is further from the oracle than the error budget allows, or if greedy
-    text differs.
+    onnxruntime runs the file and, with --engine, TensorRT its engine. Ends with 1 if an output is
+    further from the oracle than the error budget allows, or if greedy text differs.
 
     \b
     Example: fastmqa-export compare mqa.onnx --source mqa-1024
     """
     from fastmqa_export import pipeline, report
-    from fastmqa_export.compare import PROMPTS
     from fastmqa_export.compare import compare as run_comparison
     from fastmqa_export.inspect import float_type
+    from fastmqa_export.language import PROMPTS
     from fastmqa_export.progress import Progress
 
+    if engine is None and (plugin or allow_host_code):
+        raise click.UsageError("--plugin and --allow-host-code are for an --engine")
     dtype = float_type(model)
-    progress = Progress(2, quiet=as_json)
+    others = {}
+    progress = Progress(3 if engine else 2, quiet=as_json)
+    if engine:
+        from fastmqa_export.engine_model import engine_model
+        from fastmqa_export.engine_session import EngineSession
+
+        with progress.stage(f"load {engine}"):
+            session = EngineSession(
+                engine, plugin=plugin, model=model, allow_host_code=allow_host_code
+            )
+            others[session.label] = engine_model(session)
     with progress.stage(f"load {source}"):
         loaded = _load(source, dtype, options)
     with progress.stage("compare"):
         comparison = run_comparison(
             loaded,
             model,
+            others=others,
             prompts=prompts or PROMPTS,
             new_tokens=new_tokens,
             threads=threads,
@@ -223,7 +252,7 @@ def run(
     as_json: bool,
     **options: Any,
 ) -> None:
-    r"""Export, compare, time, and write report.html: the whole job.
+    """Export, compare, time, and write report.html: the whole job.
 
     Ends with 1 if the comparison fails; the report is written all the same.
 
@@ -231,7 +260,7 @@ def run(
     Example: fastmqa-export run mqa-1024 -o result
     """
     from fastmqa_export import pipeline, report
-    from fastmqa_export.compare import PROMPTS
+    from fastmqa_export.language import PROMPTS
 
     result = pipeline.run(
         lambda: _load(source, dtype, options),
@@ -249,27 +278,150 @@ def run(
 
 
 @main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The .plan file."
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["tensorrt", "tensorrt-rtx"]),
+    default="tensorrt",
+    show_default=True,
+    help="With the plugin, for the GPU present; or ahead of time, without a GPU or the plugin.",
+)
+@click.option("--recipe", help="t4, a10, l4, a100, h100, rtx4090, or a .toml file.")
+@click.option(
+    "--sm", "sms", type=int, multiple=True, help="tensorrt-rtx: build for SM 75, 86 …; repeatable."
+)
+@_limit("--max-batch", help="Most sequences at once.")
+@_limit("--max-sequence", help="Most tokens of a sequence in one prefill.")
+@_limit("--capacity", help="Tokens of a sequence that the KV cache holds.")
+@click.option("--plugin/--no-plugin", default=True, help="tensorrt: or the functions of the file.")
+@click.option(
+    "--version-compatible", is_flag=True, help="tensorrt: later versions may run the engine."
+)
+@click.option("--force", is_flag=True, help="Build even if nothing changed.")
+@_json
+def build(
+    model: Path,
+    output: Path,
+    backend: str,
+    recipe: str | None,
+    sms: tuple[int, ...],
+    max_batch: int | None,
+    max_sequence: int | None,
+    capacity: int | None,
+    plugin: bool,
+    version_compatible: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Build a TensorRT engine from an exported file.
+
+    A .json file beside the engine says what it was made from; nothing is built again if that is
+    the same.
+
+    \b
+    Example: fastmqa-export build mqa.onnx -o mqa.plan --backend tensorrt-rtx --sm 75 --sm 86
+    """
+    from fastmqa_export import engine
+    from fastmqa_export.progress import Progress
+    from fastmqa_export.recipe import Recipe, find_recipe
+
+    if output.suffix not in (".plan", ".engine"):
+        raise click.BadParameter(f"{output} ends in neither .plan nor .engine", param_hint="-o")
+    base = Recipe.read(find_recipe(recipe)) if recipe else Recipe()
+    built = engine.build(
+        model,
+        output,
+        backend=backend,
+        recipe=base.limited(max_batch=max_batch, max_sequence=max_sequence, capacity=capacity),
+        sms=sms,
+        use_plugin=plugin,
+        version_compatible=version_compatible,
+        force=force,
+        progress=Progress(2, quiet=as_json),
+    )
+    if as_json:
+        info = {"plan": str(output), "is_new": built.is_new, **dataclasses.asdict(built.record)}
+        click.echo(json.dumps(info, indent=2))
+    else:
+        click.echo(engine.describe(built))
+
+
+@main.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @_json
 def inspect(file: Path, as_json: bool) -> None:
-    r"""Say what an ONNX file holds.
+    """Say what an ONNX file, an engine or a compiled library holds.
 
     \b
     Example: fastmqa-export inspect mqa.onnx
     """
-    from fastmqa_export.inspect import describe, inspect_file
+    from fastmqa_export.inspect_any import inspect_any
 
-    info = inspect_file(file)
-    click.echo(json.dumps(info, indent=2) if as_json else describe(info))
+    info, text = inspect_any(file)
+    click.echo(json.dumps(info, indent=2) if as_json else text)
 
 
 @main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the models."
+)
+@click.option(
+    "--plan",
+    "plans",
+    multiple=True,
+    metavar="[CC=]PLAN",
+    help="Engine of MODEL, 7.5=t4.plan; repeatable. None: on the CPU only.",
+)
+@click.option(
+    "--plugin", type=click.Path(path_type=Path), help="TensorRT plugin. Default: the installed one."
+)
+@click.option("--name", default="", help="Of the model in Triton. Default: that of the file.")
+@click.option(
+    "--max-batch", type=click.IntRange(min=1), default=None, help="Default: the engines', or 8."
+)
+@click.option(
+    "--capacity",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    help="Tokens of a sequence that the KV cache holds.",
+)
+@click.option("--force", is_flag=True, help="Replace an older bundle.")
 @_json
-def doctor(as_json: bool) -> None:
+def bundle(model: Path, output: Path, as_json: bool, **options: Any) -> None:
+    """Write a model repository for Triton Inference Server.
+
+    Engines are served by Triton's TensorRT backend, one per compute capability, and the ONNX file
+    itself by its onnxruntime backend on the CPU; client.py checks the running server.
+
+    \b
+    Example: fastmqa-export bundle mqa.onnx -o models --plan t4.plan --plan 8.6=a10.plan
+    """
+    from fastmqa_export.bundle import describe, write_bundle
+    from fastmqa_export.progress import Progress
+
+    manifest = write_bundle(model, output, progress=Progress(1, quiet=as_json), **options)
+    click.echo(json.dumps(manifest, indent=2) if as_json else describe(manifest, output))
+
+
+@main.command()
+@click.option("--explain", is_flag=True, help="List what is known to fail, and what to do.")
+@_json
+def doctor(explain: bool, as_json: bool) -> None:
     """Say what is installed, what is missing, and what to do about it.
 
     Ends with 3 if something needed is missing.
     """
+    if explain:
+        from fastmqa_export.known_failures import KNOWN_FAILURES, describe_failures
+
+        failures = [dataclasses.asdict(failure) for failure in KNOWN_FAILURES]
+        click.echo(json.dumps(failures, indent=2) if as_json else describe_failures())
+        return
     from fastmqa_export.doctor import describe, examine, required_missing
 
     checks = examine()
@@ -277,6 +429,7 @@ def doctor(as_json: bool) -> None:
         click.echo(json.dumps([dataclasses.asdict(check) for check in checks], indent=2))
     else:
         click.echo(describe(checks))
+        click.echo("\nWhat is known to fail, and what to do: fastmqa-export doctor --explain")
     sys.exit(3 if required_missing(checks) else 0)
 
 
@@ -295,7 +448,7 @@ def kernels() -> None:
 )
 @_json
 def emit(arch: str, case_file: Path, output: Path, as_json: bool) -> None:
-    r"""Write the PTX and the launches of the kernels that one call takes.
+    """Write the PTX and the launches of the kernels that one call takes.
 
     Needs nvcc, but no GPU. DIR/kernel.ptx holds the very code that ships, and DIR/launch.json all
     that an emulator, debugger or profiler must know to run it.

@@ -11,13 +11,17 @@ import importlib.util
 import io
 import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from fastmqa_export import plugins
+from fastmqa_export.config import OP_DOMAIN, OP_NAME, OP_VERSION
 from fastmqa_export.errors import KernelError, MissingDependencyError
+from fastmqa_export.inspect_library import fact_sheet, name_sms
+from fastmqa_export.shared_library import DeviceCode, SharedLibrary
 
 #: Oldest onnxruntime whose CPU kernels for what exported files use were found right.
 MIN_ONNXRUNTIME: Final = (1, 28)
@@ -54,7 +58,10 @@ def examine() -> list[Check]:
         ("onnxruntime", _onnxruntime, True),
         ("transformers", _transformers, False),
         *((name, _package(name, extra="hf"), False) for name in ("gguf", "accelerate")),
-        ("tensorrt", _package("tensorrt", extra="tensorrt"), False),
+        ("tensorrt", _tensorrt, False),
+        ("tensorrt_rtx", _package("tensorrt_rtx", extra="rtx"), False),
+        ("plugin", _plugin, False),
+        ("tritonclient", _package("tritonclient", extra="triton"), False),
         ("kernels", _kernels, False),
         ("nvcc", _nvcc, False),
         ("disk", _disk, False),
@@ -91,10 +98,14 @@ def _python() -> Check:
     return Check("python", "ok", f"{platform.python_version()} at {sys.prefix}")
 
 
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
 def _package(name: str, extra: str = "") -> Callable[[], Check]:
     def look() -> Check:
         install = f"pip install 'fastmqa_export{f'[{extra}]' if extra else ''}'"
-        if importlib.util.find_spec(name) is None:
+        if not _has(name):
             return Check(name, "missing", "not installed", install)
         # Some print on import; a check is no place for that.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -169,20 +180,89 @@ def _transformers() -> Check:
     return Check(name, "ok", version)
 
 
+def _tensorrt() -> Check:
+    from fastmqa_export.engine_builder import MIN_TENSORRT, MIN_TENSORRT_CACHE
+
+    found = _package("tensorrt", extra="tensorrt")()
+    if found.status != "ok":
+        return found
+    version = tuple(int(part) for part in found.detail.split(".")[:2])
+    for least, lacks in (
+        (MIN_TENSORRT, "an engine with the plugin"),
+        (MIN_TENSORRT_CACHE, "an engine with a KV cache (else: export with --cache none)"),
+    ):
+        if version < least:
+            needed = ".".join(map(str, least))
+            return dataclasses.replace(
+                found,
+                status="warning",
+                detail=f"{found.detail}, but {lacks} needs {needed}",
+                remedy=f"pip install 'tensorrt>={needed}'",
+            )
+    return found
+
+
+def _plugin() -> Check:
+    name = "plugin"
+    try:
+        path = plugins.trt_plugin_path()
+    except MissingDependencyError as error:
+        return Check(name, "missing", f"engines take standard ops for attention: {error}")
+    library = SharedLibrary(path)
+    facts, code = fact_sheet(library), library.device_code()
+    detail = f"{path}, for TensorRT {facts['tensorrt']}, code for {name_sms(code.sms)}"
+    if not _runs_here(code):
+        return Check(name, "warning", f"{detail}, not for this GPU", _BUILD_FOR_ALL)
+    build = f"build it with that TensorRT's headers: TENSORRT_ROOT=... {plugins.build_command()}"
+    if not _has("tensorrt"):
+        return Check(name, "ok", f"{detail}; TensorRT is not installed, so it was not loaded")
+    # In a process of its own, which a library that does not fit may end.
+    command = [sys.executable, "-c", _LOAD, str(path), OP_NAME, str(OP_VERSION), OP_DOMAIN]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        return Check(name, "warning", f"{detail}; TensorRT does not load it: {reason[0]}", build)
+    installed = done.stdout.strip()
+    if installed.split(".")[0] != facts["tensorrt"].split(".")[0]:
+        return Check(name, "warning", f"{detail}, but TensorRT {installed} is installed", build)
+    return Check(name, "ok", f"{detail}; TensorRT {installed} loads it")
+
+
+_LOAD: Final = """
+import sys, tensorrt
+path, *creator = sys.argv[1:]
+registry = tensorrt.get_plugin_registry()
+registry.load_library(path)
+if registry.get_creator(*creator) is None:
+    sys.exit("its registry finds no creator " + "::".join(creator))
+print(tensorrt.__version__)
+"""
+
+
 def _kernels() -> Check:
     name = "kernels"
     try:
         library = plugins.kernel_library()
     except (MissingDependencyError, KernelError) as error:
         return Check(name, "missing", f"attention on CUDA takes PyTorch's operators: {error}")
-    variants = library.variants()
-    generations = sorted({variant["min_sm"] for variant in variants})
-    return Check(
-        name,
-        "ok",
-        f"{library.path}, {len(variants)} variants, "
-        f"for SM{' and SM'.join(map(str, generations))} onwards",
-    )
+    code = SharedLibrary(library.path).device_code()
+    detail = f"{library.path}, {len(library.variants())} variants, code for {name_sms(code.sms)}"
+    if not _runs_here(code):
+        return Check(name, "warning", f"{detail}, not for this GPU", _BUILD_FOR_ALL)
+    return Check(name, "ok", detail)
+
+
+_BUILD_FOR_ALL: Final = "build it for this GPU too: scripts/build_kernels.sh 75 80 90 100 120"
+
+
+def _runs_here(code: DeviceCode) -> bool:
+    """False if there is a GPU, and none of the code is for it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return True
+    major, minor = torch.cuda.get_device_capability()
+    return code.runs_on(10 * major + minor)
 
 
 def _nvcc() -> Check:

@@ -81,6 +81,48 @@ def staged_folder(target: Path, names: Sequence[str]) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def staged_tree(target: Path) -> Iterator[Path]:
+    """Write a whole folder: it takes the place of ``target`` when it is complete, or not at all.
+
+    Args:
+        target: a folder, which is removed with all that it holds, or nothing yet.
+
+    Raises:
+        OutputError: if something cannot be written; what was there before is untouched.
+    """
+    with _explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".fastmqa-", dir=target.parent))
+        new, old = staging / "new", staging / "old"
+        try:
+            new.mkdir()
+            yield new
+            with contextlib.ExitStack() as undo:
+                if os.path.lexists(target):
+                    target.replace(old)
+                    undo.callback(old.replace, target)
+                new.replace(target)
+                undo.pop_all()
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def place(source: Path, target: Path) -> None:
+    """Put a file in a second place: a hard link where the file system has them, else a copy.
+
+    For files that are replaced and never written to, as all of ours are: a link keeps what it has.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    with _explained(target):
+        try:
+            os.link(source.resolve(), target)
+        except OSError:
+            shutil.copyfile(source, target)
+
+
 def _check_replaceable(path: Path) -> None:
     """Refuse a folder, and above all a device: root's rename would replace even /dev/null."""
     with _explained(path):

@@ -35,11 +35,11 @@ def load_model(path: Path) -> onnx.ModelProto:
     Raises:
         ModelFileError: if there is no such file, or it is no ONNX model.
     """
-    if path.suffix in (".plan", ".engine", ".so"):
-        raise ModelFileError(f"{path}: this version reads ONNX files, not engines or libraries")
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise ModelFileError(f"{path} {what}; give an .onnx file, as `export -o` writes it")
+    if path.suffix in (".plan", ".engine", ".so"):
+        raise ModelFileError(f"{path} is an engine or a library; give an .onnx file")
     try:
         # Not by the suffix, which onnx would take as the format.
         model = onnx.load(path, format="protobuf", load_external_data=False)

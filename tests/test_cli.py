@@ -205,3 +205,11 @@ def test_a_package_that_is_missing(invoke, monkeypatch, tmp_path):
 
 def test_wrong_usage_is_clicks_own(invoke):
     assert "Missing option '-o'" in invoke("export", "mqa", code=2).stderr
+
+
+@pytest.mark.parametrize("command", [*main.commands, "kernels emit"])
+def test_help_keeps_its_examples_on_lines_of_their_own(invoke, command):
+    result = invoke(*command.split(), "--help")
+    assert "\\b" not in result.stdout
+    if command not in ("doctor", "kernels"):
+        assert "\n  Example: fastmqa-export " in result.stdout

@@ -3,11 +3,15 @@
 
 import importlib.metadata
 import importlib.util
+import json
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
+import torch
+from fakes import fake_plugin
 from naive import naive_library
 
 from fastmqa_export import doctor, plugins
@@ -132,7 +136,19 @@ def test_the_library_of_kernels(kernels, tmp_path):
     kernels(naive_library())
     found = check("kernels")
     assert found.status == "ok"
-    assert found.detail == f"{naive_library()}, 2 variants, for SM75 and SM80 onwards"
+    assert found.detail == f"{naive_library()}, 2 variants, code for no GPU"
+
+
+def test_libraries_without_code_for_the_gpu(kernels, plugin, monkeypatch):
+    kernels(naive_library())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    for name in ("kernels", "plugin"):
+        found = check(name)
+        assert found.status == "warning"
+        assert found.detail.endswith("code for no GPU, not for this GPU")
+        assert "scripts/build_kernels.sh" in found.remedy
 
 
 def test_no_library_of_kernels(kernels, tmp_path):
@@ -164,3 +180,95 @@ def test_examining_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "missing\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "status", "detail"),
+    [
+        ("10.9.0", "warning", "10.9.0, but an engine with the plugin needs 10.10"),
+        ("10.14.1", "warning", "an engine with a KV cache (else: export with --cache none)"),
+        ("11.4.0", "ok", "11.4.0"),
+    ],
+)
+def test_what_a_tensorrt_can_do(version, status, detail, tensorrt):
+    tensorrt(version)
+    found = check("tensorrt")
+    assert found.status == status
+    assert detail in found.detail
+
+
+def test_no_plugin(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTMQA_TRT_PLUGIN", str(tmp_path / "gone.so"))
+    found = check("plugin")
+    assert found.status == "missing" and not found.required
+    assert "gone.so, which is no file" in found.detail
+
+
+@pytest.fixture
+def tensorrt(tmp_path, monkeypatch):
+    """A package `tensorrt` of some version, for this process and others.
+
+    Its registry finds the creator or not, or loading a library ends the process.
+    """
+
+    def pretend(version: str, registry: str = "found = 1") -> None:
+        (tmp_path / "tensorrt.py").write_text(
+            f"import os\n__version__ = {version!r}\nclass get_plugin_registry:\n"
+            f"    {registry}\n"
+            "    def load_library(self, path): getattr(self, 'crash', id)(3)\n"
+            "    def get_creator(self, *names): return self.found\n"
+        )
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    yield pretend
+    sys.modules.pop("tensorrt", None)
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch) -> Path:
+    path = fake_plugin(tmp_path / "plugin.so")  # compiled for TensorRT 10.14.1
+    monkeypatch.setenv("FASTMQA_TRT_PLUGIN", str(path))
+    return path
+
+
+def test_a_plugin_without_tensorrt(plugin, monkeypatch):
+    monkeypatch.setattr(doctor, "_has", lambda name: False)
+    found = check("plugin")
+    assert found.status == "ok"
+    assert found.detail.startswith(f"{plugin}, for TensorRT 10.14.1")
+    assert found.detail.endswith("TensorRT is not installed, so it was not loaded")
+
+
+@pytest.mark.parametrize(
+    ("version", "registry", "status", "detail"),
+    [
+        ("10.15.0", "found = 1", "ok", "; TensorRT 10.15.0 loads it"),
+        ("11.4.0", "found = 1", "warning", ", but TensorRT 11.4.0 is installed"),
+        ("10.15.0", "found = None", "warning", "finds no creator FusedAttention::1::fastmqa"),
+        ("10.15.0", "crash = os._exit", "warning", "TensorRT does not load it: exit code 3"),
+    ],
+)
+def test_a_plugin_and_a_tensorrt(version, registry, status, detail, tensorrt, plugin):
+    tensorrt(version, registry)
+    found = check("plugin")
+    assert found.status == status
+    assert detail in found.detail
+    assert bool(found.remedy) == (status == "warning")
+
+
+def test_a_plugin_of_somebody_else(tmp_path, monkeypatch):
+    path = fake_plugin(tmp_path / "plugin.so", section=".theirs")
+    monkeypatch.setenv("FASTMQA_TRT_PLUGIN", str(path))
+    assert "none of fastmqa_export" in check("plugin").detail
+
+
+def test_known_failures_are_explained(runner):
+    from fastmqa_export.cli import main
+
+    text = runner.invoke(main, ["doctor", "--explain"]).stdout
+    for sign in ("TensorScatter(24)", "FP32 GEMM", "48 KB", "plugin_namespace", "Triton"):
+        assert sign in text
+    listed = json.loads(runner.invoke(main, ["doctor", "--explain", "--json"]).stdout)
+    assert len(listed) == text.count("→")
+    assert all(entry["remedy"] and entry["cause"] for entry in listed)

@@ -153,8 +153,8 @@ def test_a_missing_or_short_weights_file_is_a_problem(tmp_path):
         ("m.onnx", b"", "it holds no graph"),
         ("m.onnx", KEPT.read_bytes()[:400], "no ONNX model"),
         ("m.onnx", None, "does not exist; give an .onnx file"),
-        ("m.plan", b"", "reads ONNX files, not engines"),
-        ("m.so", b"", "reads ONNX files, not engines"),
+        ("m.plan", b"", "is an engine or a library; give an .onnx file"),
+        ("m.so", b"", "is an engine or a library; give an .onnx file"),
     ],
 )
 def test_other_files_are_refused(name, content, message, tmp_path):
