@@ -3,8 +3,9 @@
 """Attention on a GPU: our kernels against what a user could pick, the same shapes in one run.
 
 Contenders: torch's scaled dot-product attention with ``enable_gqa``, and in decode on packed heads;
-FlashAttention and FlashInfer where they are installed and take the shape. Each result is compared
-with the first of them that runs before it is timed.
+FlashAttention and FlashInfer where they are installed and take the shape; with ``--tensorrt``
+engines of our plugin, of the function in standard ops and of ONNX's Attention. Each result is
+compared with the first of them that runs before it is timed.
 
 A time is that of one replay of a CUDA graph between two events, after L2 was overwritten, the
 contenders in a new random order each time; a contender that cannot be captured is timed without a
@@ -37,7 +38,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fastmqa_export import plugins
 from fastmqa_export.config import AttentionAttributes, Feature
-from fastmqa_export.errors import MissingDependencyError
+from fastmqa_export.errors import FastMqaError, MissingDependencyError
 from fastmqa_export.kernels import make_call
 
 OURS = "fastmqa"
@@ -205,6 +206,24 @@ def flash_infer(shape: Shape, q: Tensor, k: Tensor, v: Tensor | None) -> Contend
     return Contender(step, lambda y: y.transpose(0, 1)[None])
 
 
+def tensorrt_engine(kind: str) -> Callable[[Shape, Tensor, Tensor, Tensor | None], Contender]:
+    """An engine of one attention, see tensorrt_contenders.py."""
+
+    def make(shape: Shape, q: Tensor, k: Tensor, v: Tensor | None) -> Contender:
+        imported("tensorrt")
+        import tensorrt_contenders  # wants onnx, which the other contenders do not
+
+        if v is None and kind == tensorrt_contenders.NATIVE:
+            raise NotApplicable("its keys and values have one head size")
+        sizes = dataclasses.asdict(shape) | {"is_causal": not shape.is_decode}
+        case = tensorrt_contenders.Case(**sizes, scale=shape.scale)
+        y = q.new_empty((shape.B, shape.H, shape.S, shape.V))
+        tensors = {"q": q, "k": k, "v": k if v is None else v, "y": y}
+        return Contender(tensorrt_contenders.step(case, kind, tensors))
+
+    return make
+
+
 CONTENDERS: dict[str, Callable[[Shape, Tensor, Tensor, Tensor | None], Contender]] = {
     OURS: ours,
     SDPA: sdpa,
@@ -270,7 +289,10 @@ def prepared(
         except NotApplicable as error:
             reasons[name] = str(error)
             continue
-        except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError) as error:
+        except (
+            *(RuntimeError, ValueError, TypeError, AssertionError, AttributeError),
+            FastMqaError,
+        ) as error:
             if name == OURS:
                 raise
             reasons[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
@@ -346,7 +368,7 @@ def gpu_state() -> dict[str, str]:
 def versions() -> dict[str, str]:
     """Of what ran, and the commit."""
     found = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
-    for name in ("flash_attn", "flashinfer"):
+    for name in ("flash_attn", "flashinfer", "tensorrt"):
         try:
             found[name] = importlib.import_module(name).__version__
         except (ImportError, AttributeError):
@@ -443,6 +465,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
     parser.add_argument("--samples", type=int, default=50, help="of each time")
     parser.add_argument("--quick", action="store_true", help="every fourth shape")
+    parser.add_argument(
+        "--tensorrt", action="store_true", help="engines too; each is built, which takes long"
+    )
     parser.add_argument("--json", type=Path, help="write a line of JSON per shape and contender")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -454,6 +479,9 @@ def main() -> None:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
 
+    if arguments.tensorrt:
+        for kind in ("TensorRT plugin", "TensorRT function", "TensorRT Attention"):
+            CONTENDERS[kind] = tensorrt_engine(kind)
     random.seed(0)
     dtype = getattr(torch, arguments.dtype)
     flush = Flush()

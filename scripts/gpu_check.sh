@@ -7,10 +7,12 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
 Usage: scripts/gpu_check.sh [OPTION...]
 
 Checks the CUDA kernels on this machine's GPU: builds them for it, runs every case, compares the
-emulated instructions with the GPU's, runs compute-sanitizer and the benchmark, and writes what it
-found to docs/evidence/gpu-CARD.json. Logs are in build/gpu_check. OPTIONs are the benchmark's.
+emulated instructions with the GPU's, runs compute-sanitizer and the benchmark. Where TensorRT is
+installed, builds engines with the plugin, compares them with onnxruntime, PyTorch and the float64
+oracle, looks for copies around the plugin, and times it against TensorRT's own attention. What it
+found is in docs/evidence/gpu-CARD.json, logs are in build/gpu_check. OPTIONs are the benchmark's.
 
-Needs CUDA's compiler, PyTorch, numpy and pytest, and no network.
+Needs CUDA's compiler, PyTorch, numpy and pytest; for TensorRT this package and TensorRT's headers.
 USAGE
   exit
 fi
@@ -68,7 +70,16 @@ else
   echo "compute-sanitizer is not installed: memcheck, racecheck and initcheck were not run"
 fi
 
-step benchmark python scripts/bench_attention.py --json "$folder/benchmark.jsonl" "$@"
+benchmark=(python scripts/bench_attention.py "$@")
+step benchmark "${benchmark[@]}" --json "$folder/benchmark.jsonl"
+
+if python -c 'import tensorrt' 2>/dev/null; then
+  export FASTMQA_TRT_PLUGIN=$PWD/$folder/plugins/libfastmqa_trt.so
+  step tensorrt python scripts/check_tensorrt.py "$folder/tensorrt"
+  step tensorrt_benchmark "${benchmark[@]}" --quick --tensorrt --json "$folder/tensorrt.jsonl"
+else
+  echo "TensorRT is not installed: its engines were neither built nor timed"
+fi
 python scripts/gpu_evidence.py "$folder"
 
 if ((${#failed[@]})); then

@@ -17,6 +17,7 @@ from bench_attention import gpu_state, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("build", "cases", "conformance", "memcheck", "racecheck", "initcheck", "benchmark")
+STEPS += ("tensorrt", "tensorrt_benchmark")
 
 
 def cases(path: Path) -> dict[str, Any]:
@@ -45,18 +46,30 @@ def step(folder: Path, name: str) -> dict[str, Any]:
     return {"result": result, "last_line": log[-1][:300] if log else ""}
 
 
+def read_json(path: Path) -> Any:
+    """What a step wrote; None if it did not run."""
+    return json.loads(path.read_text("utf-8")) if path.exists() else None
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The like, a value per line."""
+    return (
+        [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    )
+
+
 def evidence(folder: Path) -> dict[str, Any]:
     """All of the file."""
-    conformance, lines = folder / "conformance.json", folder / "benchmark.jsonl"
-    benchmark = lines.read_text("utf-8").splitlines() if lines.exists() else []
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "gpu": gpu_state(),
         "versions": versions(),
         "steps": {name: step(folder, name) for name in STEPS},
         "cases": cases(folder / "cases.xml"),
-        "conformance": json.loads(conformance.read_text()) if conformance.exists() else None,
-        "benchmark": [json.loads(line) for line in benchmark],
+        "conformance": read_json(folder / "conformance.json"),
+        "benchmark": read_lines(folder / "benchmark.jsonl"),
+        "tensorrt": read_json(folder / "tensorrt" / "tensorrt.json"),
+        "tensorrt_benchmark": read_lines(folder / "tensorrt.jsonl"),
     }
 
 

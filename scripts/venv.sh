@@ -38,7 +38,8 @@ ensure_test_tools() {
   stamp=$(cat .venv/stamp constraints.txt scripts/venv.sh | sha256sum)
   [[ $(cat .venv/stamp-tests 2>/dev/null) != "$stamp" ]] || return 0
   say "installing tensorrt-rtx, tensorrt-lean and tritonclient for the tests"
-  pip install -q -c constraints.txt tensorrt-rtx-cu13 tensorrt-lean-cu13 'tritonclient[grpc]'
+  pip install -q -c constraints.txt tensorrt-rtx-cu13 tensorrt-lean-cu13 'tritonclient[grpc]' \
+    onnx-graphsurgeon
   echo "$stamp" >.venv/stamp-tests
 }
 
