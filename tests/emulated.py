@@ -76,9 +76,13 @@ def build(sources: Iterable[Path], *, plugins: Path = PLUGINS, sanitized: bool =
         *("-I", str(EMULATION / "include"), "-I", str(plugins / "include")),
         *("-I", str(kernels)),
     ]
+    contract = plugins / "include" / "fastmqa"
+    seen = [contract / "attention.h"]
+    for folder_of_kernels in (contract / "arch", contract / "tile", kernels):
+        seen += folder_of_kernels.rglob("*.*")
     headers = {
-        ".cpp": sorted(plugins.rglob("*.h")),
-        ".cu": sorted([*plugins.rglob("*.h"), *plugins.rglob("*.cuh")]),
+        ".cpp": sorted(file for file in seen if file.suffix == ".h"),
+        ".cu": sorted(file for file in seen if file.suffix in (".h", ".cuh")),
     }
     folder = ROOT / "build" / "emulation"
     folder.mkdir(parents=True, exist_ok=True)

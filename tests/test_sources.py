@@ -17,8 +17,15 @@ MAY_INCLUDE = {
     "include/fastmqa/tile": {"fastmqa/arch", "fastmqa"},
     "kernels": {"fastmqa/arch", "fastmqa/tile", "fastmqa"},
     "kernels/instantiations": {".."},
+    "op": {"fastmqa"},
+    "ort": {"fastmqa", "../op"},
+    "trt": {"fastmqa", "../op"},
+    "cpu": {"fastmqa"},
 }
 FRAMEWORKS = re.compile(r"NvInfer|onnxruntime|torch/|ATen|c10/|cutlass|cute/")
+#: Whose headers one folder may see, and what else of the system's besides the standard library.
+ADAPTORS = {"ort": "onnxruntime", "trt": "NvInfer"}
+SYSTEM_OF_TRT = {"cuda_runtime_api.h", "dlfcn.h"}
 
 
 def code_of(path: Path) -> str:
@@ -30,10 +37,14 @@ def code_of(path: Path) -> str:
 def test_a_file_includes_only_what_lies_below_it(name):
     folder = str(Path(name).parent)
     for bracket, included in re.findall(r'#include ([<"])([^>"]+)', code_of(FILES[name])):
-        assert not FRAMEWORKS.search(included)
+        framework = FRAMEWORKS.search(included)
+        assert not framework or framework[0] == ADAPTORS.get(folder), included
+        if folder == "trt" and bracket == "<" and included.endswith(".h") and not framework:
+            assert included in SYSTEM_OF_TRT | {"fastmqa/attention.h"}, included
         parent = str(Path(included).parent)
         if bracket == '"':
-            assert parent == ("." if folder != "kernels/instantiations" else ".."), included
+            own_folder = "." if folder != "kernels/instantiations" else ".."
+            assert parent == own_folder or parent in MAY_INCLUDE[folder], included
         elif included.startswith("fastmqa/"):
             own = folder.removeprefix("include/")
             assert parent in MAY_INCLUDE[folder] | {own}, included
