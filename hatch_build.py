@@ -2,7 +2,7 @@
 """Compiles the libraries into the wheel where the machine can, and says there what it lacked.
 
 Variables: ``FASTMQA_BUILD_LIBRARIES=0`` leaves the libraries out, ``FASTMQA_SMS="75;80"`` chooses
-the compute capabilities; nvcc and TensorRT's headers are looked for as plugins/CMakeLists.txt does.
+the compute capabilities; nvcc and headers are looked for as plugins/CMakeLists.txt does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-LIBRARIES = ("libfastmqa_kernels.so", "libfastmqa_trt.so")
+LIBRARIES = (
+    "libfastmqa_cpu.so",
+    "libfastmqa_kernels.so",
+    "libfastmqa_ort.so",
+    "libfastmqa_trt.so",
+)
 
 
 class Libraries(BuildHookInterface):
@@ -64,14 +69,18 @@ class Libraries(BuildHookInterface):
         return ""
 
     def _compile(self) -> str:
-        """Run CMake; what it says of TensorRT is the note."""
+        """Run CMake; what it says of TensorRT and onnxruntime is the note."""
         configure = ["cmake", "-S", str(Path(self.root) / "plugins"), "-B", str(self.folder)]
         configure += ["-G", "Ninja"]
         if sms := os.environ.get("FASTMQA_SMS"):
             configure.append(f"-DFASTMQA_SMS={sms}")
         said = self._run(configure)
         self._run(["cmake", "--build", str(self.folder)])
-        about = [line.removeprefix("-- ") for line in said.splitlines() if "TensorRT" in line]
+        about = [
+            line.removeprefix("-- ")
+            for line in said.splitlines()
+            if "TensorRT" in line or "onnxruntime" in line
+        ]
         return "\n".join(["compiled at installation", *about])
 
     @staticmethod

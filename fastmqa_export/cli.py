@@ -187,8 +187,9 @@ def compare(
 ) -> None:
     """Compare an exported file with its source in PyTorch and with a float64 oracle.
 
-    onnxruntime runs the file and, with --engine, TensorRT its engine. Ends with 1 if an output is
-    further from the oracle than the error budget allows, or if greedy text differs.
+    onnxruntime runs the file, also with the custom op where that is built, and with --engine
+    TensorRT its engine. Ends with 1 if an output is further from the oracle than the error budget
+    allows, or if greedy text differs.
 
     \b
     Example: fastmqa-export compare mqa.onnx --source mqa-1024
@@ -197,6 +198,7 @@ def compare(
     from fastmqa_export.compare import compare as run_comparison
     from fastmqa_export.inspect import float_type
     from fastmqa_export.language import PROMPTS
+    from fastmqa_export.plugins import ort_library_if_built
     from fastmqa_export.progress import Progress
 
     if engine is None and (plugin or allow_host_code):
@@ -219,6 +221,7 @@ def compare(
         comparison = run_comparison(
             loaded,
             model,
+            library=ort_library_if_built(),
             others=others,
             prompts=prompts or PROMPTS,
             new_tokens=new_tokens,
@@ -261,6 +264,7 @@ def run(
     """
     from fastmqa_export import pipeline, report
     from fastmqa_export.language import PROMPTS
+    from fastmqa_export.plugins import ort_library_if_built
 
     result = pipeline.run(
         lambda: _load(source, dtype, options),
@@ -269,6 +273,7 @@ def run(
         prompts=prompts or PROMPTS,
         new_tokens=new_tokens,
         threads=threads,
+        library=ort_library_if_built(),
         quiet=as_json,
     )
     click.echo(json.dumps(report.finite(result), indent=2) if as_json else report.summary(result))

@@ -39,6 +39,7 @@ from fastmqa_export.source import Source, to_numpy
 ORACLE: Final = "PyTorch float64 (oracle)"
 SAME_DTYPE: Final = "PyTorch, same dtype"
 ONNXRUNTIME: Final = "onnxruntime (function body)"
+WITH_KERNEL: Final = "onnxruntime + fastmqa kernel"
 
 #: Bins of the error distribution, log10 of the absolute error; smaller errors count as the first.
 _DECADES: Final = np.arange(-12.0, 1.01, 0.25)
@@ -135,6 +136,7 @@ def compare(
     source: Source,
     path: Path,
     *,
+    library: Path | None = None,
     others: Mapping[str, CachedModel | OneShotModel] | None = None,
     budget: ErrorBudget | None = None,
     prompts: Sequence[str] = PROMPTS,
@@ -148,6 +150,7 @@ def compare(
     Args:
         source: the model the file was made from, in the file's dtype.
         path: the ONNX file, which onnxruntime runs.
+        library: the custom op, with which onnxruntime runs it too.
         others: the same file in more runtimes, by the names that the result gives them; judged by
             the same rule, on the cases that they have room for.
         budget: what decides; None: the rule for the source's dtype.
@@ -168,7 +171,10 @@ def compare(
             "compared here; export with --dtype float32 or float16"
         )
     budget = budget or ErrorBudget.of(source.dtype)
-    models = {ONNXRUNTIME: _in_onnxruntime(path, threads), **(others or {})}
+    models = {ONNXRUNTIME: _in_onnxruntime(path, threads)}
+    if library is not None:
+        models[WITH_KERNEL] = _in_onnxruntime(path, threads, library)
+    models |= others or {}
     for name, model in models.items():
         if model.input_name != source.input_name:
             raise ModelFileError(
@@ -212,8 +218,10 @@ def compare(
     )
 
 
-def _in_onnxruntime(path: Path, threads: int) -> CachedModel | OneShotModel:
-    session = create_session(path, threads=threads)
+def _in_onnxruntime(
+    path: Path, threads: int, library: Path | None = None
+) -> CachedModel | OneShotModel:
+    session = create_session(path, threads=threads, library=library)
     is_cached = any(x.name == "position" for x in session.get_inputs())
     return OnnxModel(session) if is_cached else OnnxOneShot(session)
 

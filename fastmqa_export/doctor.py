@@ -63,6 +63,8 @@ def examine() -> list[Check]:
         ("plugin", _plugin, False),
         ("tritonclient", _package("tritonclient", extra="triton"), False),
         ("kernels", _kernels, False),
+        ("cpu kernel", _cpu_kernel, False),
+        ("custom op", _custom_op, False),
         ("nvcc", _nvcc, False),
         ("disk", _disk, False),
     ]
@@ -236,6 +238,40 @@ registry.load_library(path)
 if registry.get_creator(*creator) is None:
     sys.exit("its registry finds no creator " + "::".join(creator))
 print(tensorrt.__version__)
+"""
+
+
+def _cpu_kernel() -> Check:
+    name = "cpu kernel"
+    try:
+        library = plugins.cpu_kernels()
+    except (MissingDependencyError, KernelError) as error:
+        return Check(name, "missing", f"attention on the CPU takes PyTorch's operators: {error}")
+    return Check(name, "ok", f"{library.path}, runs with {library.targets()[0]}")
+
+
+def _custom_op() -> Check:
+    name = "custom op"
+    try:
+        path = plugins.ort_library_path()
+    except MissingDependencyError as error:
+        return Check(name, "missing", f"onnxruntime runs the function in the file: {error}")
+    if not _has("onnxruntime"):
+        return Check(name, "ok", f"{path}; onnxruntime is not installed, so it was not loaded")
+    # In a process of its own, which a library that does not fit may end.
+    command = [sys.executable, "-c", _REGISTER, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        build = f"build it anew: {plugins.build_command()}"
+        return Check(name, "warning", f"{path}; onnxruntime does not load it: {reason[0]}", build)
+    return Check(name, "ok", f"{path}; onnxruntime {done.stdout.strip()} loads it")
+
+
+_REGISTER: Final = """
+import sys, onnxruntime
+onnxruntime.SessionOptions().register_custom_ops_library(sys.argv[1])
+print(onnxruntime.__version__)
 """
 
 

@@ -3,12 +3,13 @@
 
 Schema, shape rules (for fake tensors too, so that ``torch.compile`` and ``torch.export`` trace it
 as one node with dynamic sizes), an eager implementation and gradients. The eager implementation is
-the reference in float32 (float64 for float64 inputs); CUDA tensors take the library of kernels
-where it is built and covers the call.
+the reference in float32 (float64 for float64 inputs); tensors on the CPU and on CUDA take the
+library of kernels for it where that is built and covers the call.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from typing import Any
@@ -205,6 +206,21 @@ def _run(*tensors: Any, **values: Any) -> tuple[Tensor, Tensor]:
     return y.to(q.dtype).contiguous(), lse
 
 
+def _run_cpu(*tensors: Any, return_lse: bool, **values: Any) -> tuple[Tensor, Tensor | None]:
+    """By the CPU kernel, or `_run` where there is none or it does not cover the call."""
+    if tensors[0].dtype != torch.float64 and tensors[0].numel() > 0:
+        attributes = checked_attributes(*tensors, **values)
+        with contextlib.suppress(MissingDependencyError, _NotCovered):
+            library = plugins.cpu_kernels()
+            call = make_call(*tensors, attributes=attributes, return_lse=return_lse)
+            try:
+                library.run(call, library.pool(torch.get_num_threads()))
+            except ConfigError as error:
+                raise _NotCovered from error
+            return call.y, call.lse
+    return _run(*tensors, **values)
+
+
 def _run_cuda(*tensors: Any, return_lse: bool, **values: Any) -> tuple[Tensor, Tensor | None]:
     """By the library of kernels, or `_run` where it cannot: a warning says why, once.
 
@@ -292,6 +308,16 @@ def _attention_with_lse(
     **values: Any,
 ) -> tuple[Tensor, Tensor]:
     return _run(q, k, v, attn_mask, kv_lengths, q_start, **values)
+
+
+@_attention.register_kernel("cpu")
+def _(*tensors: Any, **values: Any) -> Tensor:
+    return _run_cpu(*_six(tensors), return_lse=False, **values)[0]
+
+
+@_attention_with_lse.register_kernel("cpu")
+def _(*tensors: Any, **values: Any) -> tuple[Tensor, Tensor | None]:
+    return _run_cpu(*_six(tensors), return_lse=True, **values)
 
 
 @_attention.register_kernel("cuda")

@@ -19,7 +19,7 @@ import onnx.inliner
 import torch
 
 from fastmqa_export import __version__
-from fastmqa_export.compare import ONNXRUNTIME, SAME_DTYPE, Comparison, compare
+from fastmqa_export.compare import ONNXRUNTIME, SAME_DTYPE, WITH_KERNEL, Comparison, compare
 from fastmqa_export.files import check_writable_folder
 from fastmqa_export.inspect import describe_value, load_model
 from fastmqa_export.language import PROMPTS
@@ -60,6 +60,7 @@ def run(
     prompts: Sequence[str] = PROMPTS,
     new_tokens: int = 48,
     threads: int = 0,
+    library: Path | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Export, compare, time, and write ``report.json`` and ``report.html``.
@@ -71,6 +72,7 @@ def run(
         prompts: continued greedily by a language model.
         new_tokens: tokens per prompt.
         threads: for onnxruntime and PyTorch; 0: as many as cores.
+        library: the custom op, with which onnxruntime is judged and timed too.
         quiet: no progress on stderr.
 
     Returns:
@@ -91,6 +93,7 @@ def run(
         comparison = compare(
             source,
             exported.path,
+            library=library,
             prompts=prompts,
             new_tokens=new_tokens,
             threads=threads,
@@ -99,7 +102,7 @@ def run(
     timings: list[dict[str, Any]] = []
     if cache == "static":
         with progress.stage("time PyTorch and onnxruntime"):
-            timings = _timings(source, exported.path, threads)
+            timings = _timings(source, exported.path, threads, library)
     with progress.stage("write the report"):
         result = {
             "tool": {"name": "fastmqa_export", "version": __version__},
@@ -249,11 +252,16 @@ def _describe_source(source: Source) -> dict[str, Any]:
     }
 
 
-def _timings(source: Source, path: Path, threads: int) -> list[dict[str, Any]]:
+def _timings(
+    source: Source, path: Path, threads: int, library: Path | None
+) -> list[dict[str, Any]]:
     models = {
         f"PyTorch {_name(source.dtype)}": source.steps(),
         ONNXRUNTIME: OnnxModel(create_session(path, threads=threads)),
     }
+    if library is not None:
+        session = create_session(path, threads=threads, library=library)
+        models[WITH_KERNEL] = OnnxModel(session)
     return [
         {**dataclasses.asdict(timing), "runtime": runtime, "threads": threads or os.cpu_count()}
         for cached in TIMED_LENGTHS

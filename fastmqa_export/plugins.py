@@ -14,15 +14,23 @@ from typing import TYPE_CHECKING, Final
 from fastmqa_export.errors import MissingDependencyError
 
 if TYPE_CHECKING:
+    from fastmqa_export.cpu_kernels import CpuKernels
     from fastmqa_export.kernels import KernelLibrary
 
 #: Environment variables that name a library's path, before all other places.
 LIBRARY_VARIABLE: Final = "FASTMQA_KERNELS"
+CPU_VARIABLE: Final = "FASTMQA_CPU_KERNELS"
 TRT_VARIABLE: Final = "FASTMQA_TRT_PLUGIN"
+ORT_VARIABLE: Final = "FASTMQA_ORT_LIBRARY"
 LIBRARY_NAME: Final = "libfastmqa_kernels.so"
+CPU_NAME: Final = "libfastmqa_cpu.so"
 TRT_NAME: Final = "libfastmqa_trt.so"
+ORT_NAME: Final = "libfastmqa_ort.so"
 
 PACKAGE: Final = Path(__file__).resolve().parent
+
+#: The custom op has the CPU kernel in it, and is built with it.
+_HEADERS_OF_ORT: Final = "ONNXRUNTIME_INCLUDE_DIR=... HWY_INCLUDE_DIR=..."
 
 NVCC_REMEDY: Final = (
     'pip install "cuda-toolkit[nvcc,cudart,cccl]", or install the CUDA toolkit, or set CUDACXX to '
@@ -39,6 +47,16 @@ def library_path() -> Path:
     return _find(LIBRARY_NAME, LIBRARY_VARIABLE, "the CUDA kernels are not built", build_command())
 
 
+def cpu_library_path() -> Path:
+    """The CPU kernel: $FASTMQA_CPU_KERNELS, that of the wheel, or that of the build folder.
+
+    Raises:
+        MissingDependencyError: saying where was looked and how to build it.
+    """
+    command = f"{_HEADERS_OF_ORT} {build_command()}"
+    return _find(CPU_NAME, CPU_VARIABLE, "the CPU kernel is not built", command)
+
+
 def trt_plugin_path() -> Path:
     """The TensorRT plugin: $FASTMQA_TRT_PLUGIN, that of the wheel, or that of the build folder.
 
@@ -47,6 +65,30 @@ def trt_plugin_path() -> Path:
     """
     command = f"TENSORRT_ROOT=... {build_command()}"
     return _find(TRT_NAME, TRT_VARIABLE, "the TensorRT plugin is not built", command)
+
+
+def ort_library_path() -> Path:
+    """The custom op of onnxruntime: $FASTMQA_ORT_LIBRARY, of the wheel, or of the build folder.
+
+    Raises:
+        MissingDependencyError: saying where was looked and how to build it.
+    """
+    command = f"{_HEADERS_OF_ORT} {build_command()}"
+    return _find(ORT_NAME, ORT_VARIABLE, "onnxruntime's custom op is not built", command)
+
+
+def ort_library_if_built() -> Path | None:
+    """The same, or None.
+
+    Raises:
+        MissingDependencyError: if $FASTMQA_ORT_LIBRARY is set and no file.
+    """
+    try:
+        return ort_library_path()
+    except MissingDependencyError:
+        if os.environ.get(ORT_VARIABLE):
+            raise
+        return None
 
 
 def _find(name: str, variable: str, complaint: str, command: str) -> Path:
@@ -88,6 +130,20 @@ def kernel_library() -> KernelLibrary:
     from fastmqa_export.kernels import KernelLibrary  # here: `doctor` runs without torch
 
     return KernelLibrary(path)
+
+
+@functools.cache
+def cpu_kernels() -> CpuKernels:
+    """The CPU kernel, loaded once.
+
+    Raises:
+        MissingDependencyError: saying where was looked and how to build it.
+        KernelError: if what was found cannot be loaded.
+    """
+    path = cpu_library_path()
+    from fastmqa_export.cpu_kernels import CpuKernels  # as above
+
+    return CpuKernels(path)
 
 
 def sources() -> Path:

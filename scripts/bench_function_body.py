@@ -124,7 +124,7 @@ def body(case: Case, dtype: torch.dtype, threads: int) -> Contender:
                 value.type.tensor_type.shape.dim[axis].dim_param = name
     del model.graph.value_info[:]
     feed = {name: x.numpy() for name, x in tensors.items()}
-    return bound(session(model, threads), feed, (case.B, case.H, 1, case.V))
+    return bound(session(model, threads), feed, (case.B, case.H, case.S, case.V))
 
 
 def standard_node(case: Case, kind: str, dtype: int) -> onnx.ModelProto:
@@ -135,23 +135,24 @@ def standard_node(case: Case, kind: str, dtype: int) -> onnx.ModelProto:
         return helper.make_tensor_value_info(name, elem, shape)
 
     if kind == "Attention":
-        node = helper.make_node("Attention", ["q", "k", "v"], ["y"], scale=scale)
-        inputs = [value("q", ["b", case.H, 1, case.D])]
+        causal = int(case.is_causal)
+        node = helper.make_node("Attention", ["q", "k", "v"], ["y"], scale=scale, is_causal=causal)
+        inputs = [value("q", ["b", case.H, "s", case.D])]
         inputs += [value(n, ["b", case.Hkv, "t", case.D]) for n in ("k", "v")]
-        outputs = [value("y", ["b", case.H, 1, None])]
+        outputs = [value("y", ["b", case.H, "s", None])]
     else:
         names = ["q", "k", "v", "past_k", "past_v", "seqlens_k", "total"]
         node = helper.make_node(
             "GroupQueryAttention", names, ["y", "present_k", "present_v"],
             domain="com.microsoft", num_heads=case.H, kv_num_heads=case.Hkv, scale=scale,
         )  # fmt: skip
-        inputs = [value("q", ["b", 1, case.H * case.D])]
-        inputs += [value(n, ["b", 1, case.Hkv * case.D]) for n in ("k", "v")]
+        inputs = [value("q", ["b", "s", case.H * case.D])]
+        inputs += [value(n, ["b", "s", case.Hkv * case.D]) for n in ("k", "v")]
         cache = ["b", case.Hkv, "t", case.D]
         inputs += [value("past_k", cache), value("past_v", cache)]
         inputs += [value("seqlens_k", ["b"], TensorProto.INT32)]
         inputs += [value("total", [1], TensorProto.INT32)]
-        outputs = [value("y", ["b", 1, case.H * case.D])]
+        outputs = [value("y", ["b", "s", case.H * case.D])]
         outputs += [value("present_k", cache), value("present_v", cache)]
     graph = helper.make_graph([node], "g", inputs, outputs)
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]

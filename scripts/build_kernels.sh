@@ -7,9 +7,11 @@ usage() {
 Usage: scripts/build_kernels.sh [-o DIR] [SM...]
 
 Builds the library of CUDA kernels, DIR/libfastmqa_kernels.so (DIR: build/plugins), and with the same
-kernels the TensorRT plugin, DIR/libfastmqa_trt.so, for the compute capabilities SM (75 80). Fails if
-a kernel spills registers or uses a stack. What did not change is not compiled again. Takes nvcc,
-CMake and TensorRT's headers from the machine, or from PyPI where they are missing.
+kernels the TensorRT plugin, DIR/libfastmqa_trt.so, and onnxruntime's custom op,
+DIR/libfastmqa_ort.so, for the compute capabilities SM (75 80); and the CPU kernel, which the custom
+op has too, DIR/libfastmqa_cpu.so. Fails if a CUDA kernel spills registers or uses a stack. What did
+not change is not compiled again. Takes nvcc, CMake and headers from the machine, or from PyPI and
+Debian where they are missing.
 USAGE
 }
 
@@ -29,12 +31,20 @@ list=${sms[*]}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/nvcc.sh
 source scripts/tensorrt_headers.sh
+source scripts/debian_headers.sh
 find_nvcc
 plugin=OFF
 if find_tensorrt_headers; then
   plugin=ON
 else
   echo "TensorRT's headers are missing, so its plugin is left out; set TENSORRT_INCLUDE_DIR" >&2
+fi
+custom_op=OFF
+if find_onnxruntime_headers && find_highway_headers; then
+  custom_op=ON
+else
+  echo "headers of onnxruntime or Highway are missing, so its custom op and the CPU kernel are left" \
+    "out; set ONNXRUNTIME_INCLUDE_DIR and HWY_INCLUDE_DIR" >&2
 fi
 PATH=$PWD/.venv/bin:$PATH
 if ! command -v c++ >/dev/null; then
@@ -47,7 +57,9 @@ with_cmake() {
   local generator=()
   if [[ ! -f $folder/CMakeCache.txt ]] && command -v ninja >/dev/null; then generator=(-G Ninja); fi
   cmake -S plugins -B "$folder" "${generator[@]}" "-DFASTMQA_SMS=${list// /;}" \
-    -DFASTMQA_TRT="$plugin" "-DTENSORRT_INCLUDE_DIR=${TENSORRT_INCLUDE_DIR:-}" &&
+    -DFASTMQA_TRT="$plugin" "-DTENSORRT_INCLUDE_DIR=${TENSORRT_INCLUDE_DIR:-}" \
+    -DFASTMQA_ORT="$custom_op" "-DONNXRUNTIME_INCLUDE_DIR=${ONNXRUNTIME_INCLUDE_DIR:-}" \
+    "-DHWY_INCLUDE_DIR=${HWY_INCLUDE_DIR:-}" &&
     nice cmake --build "$folder" --parallel "$(nproc)"
 }
 

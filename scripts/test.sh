@@ -18,6 +18,9 @@ source scripts/venv.sh
 ensure_venv
 ensure_test_tools
 
+# A process of pytest per core, and one thread in each: the tests' tensors are tiny.
+processes=$(nproc)
+export OMP_NUM_THREADS=1
 # Tests never ask a network for a model, and fork after tokenizers may have started threads.
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
@@ -33,4 +36,4 @@ find plugins tests -regex '.*\.\(h\|hpp\|cuh\|cpp\|cu\)' -print0 |
   xargs -0 .venv/bin/clang-format --dry-run -Werror
 echo "== scripts/build_kernels.sh"
 scripts/build_kernels.sh
-check pytest "$@"
+check pytest -n "$processes" --dist loadfile "$@"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -93,12 +94,15 @@ def build(sources: Iterable[Path], *, plugins: Path = PLUGINS, sanitized: bool =
         for file in (source, *headers[source.suffix], *emulated):
             digest.update(file.read_bytes())
         made = folder / f"{source.stem}-{digest.hexdigest()[:20]}.o"
-        if not made.exists():
-            partial = made.with_suffix(f".{os.getpid()}.o")
-            command = ["g++", *flags, *include, "-c", str(source), "-o", str(partial)]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert result.returncode == 0, result.stderr[-4000:]
-            partial.rename(made)
+        # Another process of pytest may be compiling the very same.
+        with made.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                partial = made.with_suffix(".partial.o")
+                command = ["g++", *flags, *include, "-c", str(source), "-o", str(partial)]
+                result = subprocess.run(command, capture_output=True, text=True, check=False)
+                assert result.returncode == 0, result.stderr[-4000:]
+                partial.rename(made)
         return made
 
     files = [EMULATION / "emulation.cpp", *sorted(kernels.glob("*.cpp")), kernels / "dispatch.cu"]

@@ -16,6 +16,7 @@ from naive import naive_library
 
 from fastmqa_export import doctor, plugins
 from fastmqa_export.doctor import describe, examine, required_missing
+from fastmqa_export.errors import MissingDependencyError
 
 
 def check(name: str) -> doctor.Check:
@@ -272,3 +273,35 @@ def test_known_failures_are_explained(runner):
     listed = json.loads(runner.invoke(main, ["doctor", "--explain", "--json"]).stdout)
     assert len(listed) == text.count("→")
     assert all(entry["remedy"] and entry["cause"] for entry in listed)
+
+
+@pytest.mark.parametrize(
+    ("name", "variable", "words"),
+    [
+        ("custom op", "FASTMQA_ORT_LIBRARY", "onnxruntime runs the function in the file"),
+        ("cpu kernel", "FASTMQA_CPU_KERNELS", "attention on the CPU takes PyTorch's operators"),
+    ],
+)
+def test_no_library_for_the_cpu(name, variable, words, monkeypatch, tmp_path):
+    monkeypatch.setenv(variable, str(tmp_path / "gone.so"))
+    plugins.cpu_kernels.cache_clear()
+    found = check(name)
+    plugins.cpu_kernels.cache_clear()
+    assert found.status == "missing" and not found.required
+    assert found.detail.startswith(words) and "gone.so, which is no file" in found.detail
+
+
+def test_a_custom_op_that_onnxruntime_does_not_load(monkeypatch):
+    monkeypatch.setenv("FASTMQA_ORT_LIBRARY", str(naive_library()))
+    found = check("custom op")
+    assert found.status == "warning" and "RegisterCustomOps" in found.detail
+    assert found.remedy.startswith("build it anew: cmake -S ")
+
+
+def test_the_custom_op_that_was_built():
+    try:
+        path = plugins.ort_library_path()
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+    found = check("custom op")
+    assert (found.status, found.detail.split(";")[0]) == ("ok", str(path))

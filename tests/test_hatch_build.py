@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 #: In the place of CMake: writes the libraries that the variable names, or fails.
 CMAKE = """#!/bin/sh
 case $1 in
-  -S) echo "-- The TensorRT plugin: headers of 10.14" && printf '%s ' "$@" >"$4/configured" ;;
+  -S) echo "-- The TensorRT plugin: headers of 10.14" && echo "-- onnxruntime's API 21"
+    printf '%s ' "$@" >"$4/configured" ;;
   *) for name in $LIBRARIES; do echo built >"$2/$name" || exit; done ;;
 esac
 [ -n "$LIBRARIES" ] || { echo "no room" >&2 && exit 1; }
@@ -75,7 +76,12 @@ def test_an_editable_installation_compiles_nothing(hook, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "made", [("libfastmqa_kernels.so",), ("libfastmqa_kernels.so", "libfastmqa_trt.so")]
+    "made",
+    [
+        ("libfastmqa_kernels.so",),
+        ("libfastmqa_kernels.so", "libfastmqa_trt.so"),
+        ("libfastmqa_cpu.so", "libfastmqa_kernels.so", "libfastmqa_ort.so"),
+    ],
 )
 def test_what_was_compiled_is_in_the_wheel(hook, tmp_path, monkeypatch, made):
     put(tmp_path / "bin" / "nvcc")
@@ -86,7 +92,8 @@ def test_what_was_compiled_is_in_the_wheel(hook, tmp_path, monkeypatch, made):
     assert sorted(files) == ["built.txt", *made]
     assert data["tag"].startswith("py3-none-linux_") and not data["pure_python"]
     assert "-DFASTMQA_SMS=75;86" in (files["built.txt"].parent / "configured").read_text()
-    assert "TensorRT plugin: headers of 10.14" in files["built.txt"].read_text()
+    note = files["built.txt"].read_text()
+    assert note.endswith("The TensorRT plugin: headers of 10.14\nonnxruntime's API 21\n")
     assert "cmake>=3.25" in hook.dependencies()
 
 

@@ -136,9 +136,16 @@ def test_exports_as_one_node_with_dynamic_sizes():
     torch.testing.assert_close(program.module()(q, k, lengths(9, 7, 6)), expected)
 
 
+def no_cpu_kernels(monkeypatch):
+    """Also where they are built."""
+    monkeypatch.setenv("FASTMQA_CPU_KERNELS", "/nowhere.so")
+    monkeypatch.setattr(plugins, "cpu_kernels", plugins.cpu_kernels.__wrapped__)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ["lengths_causal_gqa_bhsd", "mask_float_gqa_bshd"])
-def test_computes_in_float32_and_returns_the_inputs_type(name, dtype):
+def test_computes_in_float32_and_returns_the_inputs_type(name, dtype, monkeypatch):
+    no_cpu_kernels(monkeypatch)
     case = BY_NAME[name]
     t = case.tensors(dtype)
     arguments = [t.get(n) for n in OP_INPUTS]
@@ -265,6 +272,53 @@ def test_refused_arguments_are_named(name):
 def test_shapes_are_refused_while_tracing_too():
     with pytest.raises(ConfigError, match="k is "):
         fused_attention(Q.to("meta"), K[..., :4].to("meta"), K.to("meta"))
+
+
+class CpuKernelThatTakesFloat32:
+    """Writes what nothing else would."""
+
+    def pool(self, threads):
+        return threads
+
+    def run(self, call, pool):
+        assert pool == torch.get_num_threads()
+        if call.y.dtype != torch.float32:
+            raise ConfigError("only float32")
+        call.y.fill_(7)
+        if call.lse is not None:
+            call.lse.fill_(8)
+
+
+def test_cpu_tensors_take_the_cpu_kernel(monkeypatch):
+    monkeypatch.setattr(plugins, "cpu_kernels", CpuKernelThatTakesFloat32)
+    x = float32(1, 2, 3, 8)
+    assert (fused_attention(x, x, x) == 7).all()
+    y, lse = fused_attention(x, x, x, return_lse=True)
+    assert (y == 7).all() and (lse == 8).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_what_the_cpu_kernel_does_not_cover_takes_the_reference(dtype, monkeypatch):
+    x = normal(1, 2, 3, 8, dtype=dtype)
+    expected = op_module._run(x, x, x, None, None, None, scale=8**-0.5)[0]
+    monkeypatch.setattr(plugins, "cpu_kernels", CpuKernelThatTakesFloat32)
+    assert torch.equal(fused_attention(x, x, x), expected)
+    none = float32(1, 2, 0, 8)
+    assert fused_attention(none, float32(1, 2, 5, 8), float32(1, 2, 5, 8)).shape == (1, 2, 0, 8)
+
+
+def test_without_the_cpu_kernel_the_reference_is_taken(monkeypatch):
+    x = float32(1, 2, 3, 8)
+    expected = op_module._run(x, x, x, None, None, None, scale=8**-0.5)[0]
+    no_cpu_kernels(monkeypatch)
+    assert torch.equal(fused_attention(x, x, x), expected)
+
+
+def test_what_is_wrong_is_no_reason_for_the_reference_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(plugins, "cpu_kernels", CpuKernelThatTakesFloat32)
+    x = float32(1, 2, 3, 8)
+    with pytest.raises(ConfigError, match="softcap"):
+        fused_attention(x, x, x, softcap=-1.0)
 
 
 @pytest.fixture

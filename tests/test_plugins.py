@@ -16,7 +16,7 @@ from fastmqa_export.errors import KernelError, MissingDependencyError
 @pytest.fixture(autouse=True)
 def elsewhere(monkeypatch, tmp_path):
     """An installation in an empty place, with nothing set and nothing on PATH."""
-    for name in ("FASTMQA_KERNELS", "CUDACXX", "CUDA_HOME"):
+    for name in ("FASTMQA_KERNELS", "FASTMQA_ORT_LIBRARY", "CUDACXX", "CUDA_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", "/usr/bin")
     monkeypatch.setattr(plugins, "PACKAGE", tmp_path / "clone" / "fastmqa_export")
@@ -65,6 +65,31 @@ def test_a_variable_that_leads_nowhere_is_not_passed_over(clone, monkeypatch):
     monkeypatch.setenv("FASTMQA_KERNELS", "/nowhere.so")
     with pytest.raises(MissingDependencyError, match=r"FASTMQA_KERNELS is /nowhere\.so, which is"):
         plugins.library_path()
+
+
+@pytest.mark.parametrize(
+    ("find", "name", "headers"),
+    [
+        (plugins.cpu_library_path, "libfastmqa_cpu.so", "HWY_INCLUDE_DIR"),
+        (plugins.trt_plugin_path, "libfastmqa_trt.so", "TENSORRT_ROOT"),
+        (plugins.ort_library_path, "libfastmqa_ort.so", "ONNXRUNTIME_INCLUDE_DIR"),
+    ],
+    ids=["cpu", "trt", "ort"],
+)
+def test_the_other_libraries_are_found_alike(clone, find, name, headers):
+    with pytest.raises(MissingDependencyError, match=rf"is not built: no .*{name}.*{headers}=..."):
+        find()
+    built = put(clone / "build" / "plugins" / name)
+    assert find() == built
+
+
+def test_the_custom_op_may_be_missing_but_not_where_the_variable_says(clone, monkeypatch):
+    assert plugins.ort_library_if_built() is None
+    built = put(clone / "build" / "plugins" / "libfastmqa_ort.so")
+    assert plugins.ort_library_if_built() == built
+    monkeypatch.setenv("FASTMQA_ORT_LIBRARY", "/nowhere.so")
+    with pytest.raises(MissingDependencyError, match="FASTMQA_ORT_LIBRARY is /nowhere"):
+        plugins.ort_library_if_built()
 
 
 def test_the_library_is_loaded_once(monkeypatch):

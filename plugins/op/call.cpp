@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 #include "call.h"
 
-#include <algorithm>
 #include <cinttypes>
+#include <iterator>
 #include <limits>
 #include <string>
 
@@ -37,26 +37,39 @@ std::string text_of(const Descriptor& tensor) {
 
 bool is(int32_t type, DType dtype) { return type == static_cast<int32_t>(dtype); }
 
-void check_type(const Inputs& inputs, Tensor tensor) {
-  const int32_t type = inputs[tensor].type, q_type = inputs[kQ].type;
-  const auto refuse_unless = [&](bool accepted, const std::string& rule) {
-    if (accepted) return;
-    refuse("%s is %s; it must be %s", kTensorNames[tensor], name_of(type).c_str(), rule.c_str());
-  };
+bool accepts(Tensor tensor, int32_t type, int32_t q_type) {
   switch (tensor) {
     case kQ:
-      return refuse_unless(
-          is(type, DType::kFloat16) || is(type, DType::kBFloat16) || is(type, DType::kFloat32),
-          "float16, bfloat16 or float32");
+      return is(type, DType::kFloat16) || is(type, DType::kBFloat16) || is(type, DType::kFloat32);
     case kMask:
-      return refuse_unless(is(type, DType::kBool) || is(type, DType::kFloat32) || type == q_type,
-                           "bool, float32 or " + name_of(q_type) + " as q");
+      return is(type, DType::kBool) || is(type, DType::kFloat32) || type == q_type;
     case kLengths:
     case kQStart:
-      return refuse_unless(type == kInt32, "int32");
+      return type == kInt32;
     default:
-      return refuse_unless(type == q_type, name_of(q_type) + " as q");
+      return type == q_type;
   }
+}
+
+std::string accepted_types(Tensor tensor, int32_t q_type) {
+  switch (tensor) {
+    case kQ:
+      return "float16, bfloat16 or float32";
+    case kMask:
+      return "bool, float32 or " + name_of(q_type) + " as q";
+    case kLengths:
+    case kQStart:
+      return "int32";
+    default:
+      return name_of(q_type) + " as q";
+  }
+}
+
+void check_type(const Inputs& inputs, Tensor tensor) {
+  const int32_t type = inputs[tensor].type, q_type = inputs[kQ].type;
+  if (accepts(tensor, type, q_type)) return;
+  refuse("%s is %s; it must be %s", kTensorNames[tensor], name_of(type).c_str(),
+         accepted_types(tensor, q_type).c_str());
 }
 
 void check_rank(const Inputs& inputs, Tensor tensor, int32_t rank, const char* shape) {

@@ -1,0 +1,369 @@
+// SPDX-License-Identifier: MIT
+//
+// The two products, as register tiles. Where a unit has about as many rows as vectors have lanes,
+// its rows lie in lanes for Q K^T (`scores_of_panel`): Q is transposed once, K's elements are
+// broadcast from where they are, and nothing is summed across lanes. Fewer rows take dot products
+// along D instead (`scores_of_rows`). P V always has V's columns in lanes.
+#if defined(FASTMQA_CPU_PRODUCTS_INL_H) == defined(HWY_TARGET_TOGGLE)
+#ifdef FASTMQA_CPU_PRODUCTS_INL_H
+#undef FASTMQA_CPU_PRODUCTS_INL_H
+#else
+#define FASTMQA_CPU_PRODUCTS_INL_H
+#endif
+
+#include <hwy/highway.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "lanes-inl.h"
+#include "plan.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace fastmqa::cpu::HWY_NAMESPACE {
+
+// Rows of a matrix in memory, `stride` elements apart.
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+
+  HWY_INLINE const T* operator[](int64_t row) const { return data + row * stride; }
+  HWY_INLINE Rows from(int64_t row, int64_t column) const {
+    return {(*this)[row] + column, stride};
+  }
+};
+
+// Rows of memory that the next product reads: fetched while this one computes, because with few
+// rows of queries reading takes about as long as computing, and no processor fetches that far ahead
+// by itself.
+struct Upcoming {
+  const char* data;
+  int64_t stride;  // in bytes
+  int32_t rows;
+  int32_t row_bytes;
+
+  // Fetches the cache line at byte `at` of a row into L2, if there is one: L1 is full of operands.
+  HWY_INLINE void fetch(int32_t row, int64_t at) const {
+    if (row < rows && at < row_bytes) __builtin_prefetch(data + row * stride + at, 0, 2);
+  }
+};
+constexpr int32_t kLineBytes = 64;
+
+// Accumulators of a register tile; the rest hold operands.
+constexpr int32_t kAccumulators = kRegisters == 32 ? 24 : 12;
+
+// Vectors of rows in one panel, at most: 48 rows with AVX-512, 32 with AVX2.
+constexpr int32_t kPanelVectors = kRegisters == 32 ? 3 : 4;
+
+// Keys of a register tile beside that many vectors of rows. Divides kSplitStep.
+constexpr int32_t tile_keys(int32_t vectors) {
+  return std::min(kMostTileKeys, kAccumulators / vectors);
+}
+
+// Columns of D after which scores are put aside, so that the panel of Q stays in L1.
+constexpr int32_t kDepth = 192;
+
+// scores[key][row] of a register tile, (tile_keys, W) with W = kVectors lanes: plus K Q^T over
+// `depth` columns. k: (tile_keys, depth), queries: (depth, W). Calls fetch(row) for each row and 16
+// columns.
+template <int32_t kVectors, bool kFirst, class D, class F>
+HWY_INLINE void scores_tile(D d, Rows<float> k, const float* HWY_RESTRICT queries, int32_t depth,
+                            float* HWY_RESTRICT scores, const F& fetch) {
+  constexpr int32_t kKeys = tile_keys(kVectors);
+  constexpr int32_t kWidth = kVectors * static_cast<int32_t>(hn::MaxLanes(D()));
+  constexpr int32_t kN = static_cast<int32_t>(hn::MaxLanes(D()));
+  hn::Vec<D> sums[kKeys][kVectors];
+#pragma GCC unroll 16
+  for (int32_t i = 0; i < kKeys; ++i) {
+#pragma GCC unroll 4
+    for (int32_t v = 0; v < kVectors; ++v) {
+      sums[i][v] = kFirst ? hn::Zero(d) : hn::Load(d, scores + i * kWidth + v * kN);
+    }
+  }
+  for (int32_t column = 0; column < depth;) {
+    for (int32_t i = 0; i < kKeys; ++i) fetch(i, column);
+    for (const int32_t end = std::min(column + 16, depth); column < end; ++column) {
+      hn::Vec<D> q[kVectors];
+#pragma GCC unroll 4
+      for (int32_t v = 0; v < kVectors; ++v) q[v] = hn::Load(d, queries + v * kN);
+#pragma GCC unroll 16
+      for (int32_t i = 0; i < kKeys; ++i) {
+        const auto element = hn::Set(d, k[i][column]);
+#pragma GCC unroll 4
+        for (int32_t v = 0; v < kVectors; ++v) sums[i][v] = hn::MulAdd(element, q[v], sums[i][v]);
+      }
+      queries += kWidth;
+    }
+  }
+#pragma GCC unroll 16
+  for (int32_t i = 0; i < kKeys; ++i) {
+#pragma GCC unroll 4
+    for (int32_t v = 0; v < kVectors; ++v) hn::Store(sums[i][v], d, scores + i * kWidth + v * kN);
+  }
+}
+
+// scores (keys, W) = K Q^T for `keys` of them, rounded up to whole register tiles; k must have as
+// many rows. queries: (head_size, W).
+template <int32_t kVectors, class D>
+HWY_NOINLINE void scores_of_panel(D d, Rows<float> k, const float* queries, int32_t keys,
+                                  int32_t head_size, const Upcoming& upcoming, float* scores) {
+  constexpr int32_t kKeys = tile_keys(kVectors);
+  constexpr int32_t kWidth = kVectors * static_cast<int32_t>(hn::MaxLanes(D()));
+  for (int32_t column = 0; column < head_size; column += kDepth) {
+    const int32_t depth = std::min(kDepth, head_size - column);
+    for (int32_t key = 0; key < keys; key += kKeys) {
+      const Rows<float> rows = k.from(key, column);
+      const auto fetch = [&](int32_t row, int32_t at) HWY_ATTR {
+        upcoming.fetch(key + row, (column + at) / 16 * kLineBytes);
+      };
+      if (column == 0) {
+        scores_tile<kVectors, true>(d, rows, queries, depth, scores + key * kWidth, fetch);
+      } else {
+        scores_tile<kVectors, false>(d, rows, queries, depth, scores + key * kWidth, fetch);
+      }
+    }
+    queries += kDepth * kWidth;
+  }
+}
+
+// Sums of the lanes of four vectors, side by side.
+template <class D>
+HWY_INLINE hn::Vec<hn::FixedTag<float, 4>> sums_of_four(D d, hn::Vec<D> a, hn::Vec<D> b,
+                                                        hn::Vec<D> c, hn::Vec<D> e) {
+  if constexpr (hn::MaxLanes(D()) > 4) {
+    const hn::Half<D> half;
+    const auto fold = [&](auto x) HWY_ATTR {
+      return hn::Add(hn::LowerHalf(half, x), hn::UpperHalf(half, x));
+    };
+    return sums_of_four(half, fold(a), fold(b), fold(c), fold(e));
+  } else {
+    const hn::Repartition<double, D> pairs;
+    const auto ab = hn::Add(hn::InterleaveLower(d, a, b), hn::InterleaveUpper(d, a, b));
+    const auto ce = hn::Add(hn::InterleaveLower(d, c, e), hn::InterleaveUpper(d, c, e));
+    const auto lower = hn::InterleaveLower(pairs, hn::BitCast(pairs, ab), hn::BitCast(pairs, ce));
+    const auto upper = hn::InterleaveUpper(pairs, hn::BitCast(pairs, ab), hn::BitCast(pairs, ce));
+    return hn::Add(hn::BitCast(d, lower), hn::BitCast(d, upper));
+  }
+}
+
+// scores[row][key] of kRows rows and four keys, whose elements are converted as they are loaded:
+// each is used for few products.
+template <int32_t kRows, class T>
+HWY_INLINE void dot_tile(const T* const (&k)[4], Rows<float> queries, int32_t head_size,
+                         float* HWY_RESTRICT scores) {
+  const EightLanes d;
+  hn::Vec<EightLanes> sums[kRows][4];
+#pragma GCC unroll 4
+  for (int32_t r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int32_t i = 0; i < 4; ++i) sums[r][i] = hn::Zero(d);
+  }
+  for (int32_t column = 0; column < head_size; column += kEightLanes) {
+    hn::Vec<EightLanes> keys[4];
+#pragma GCC unroll 4
+    for (int32_t i = 0; i < 4; ++i) keys[i] = load(d, k[i] + column);
+#pragma GCC unroll 4
+    for (int32_t r = 0; r < kRows; ++r) {
+      const auto q = hn::Load(d, queries[r] + column);
+#pragma GCC unroll 4
+      for (int32_t i = 0; i < 4; ++i) sums[r][i] = hn::MulAdd(q, keys[i], sums[r][i]);
+    }
+  }
+  const hn::FixedTag<float, 4> four;
+#pragma GCC unroll 4
+  for (int32_t r = 0; r < kRows; ++r) {
+    hn::StoreU(sums_of_four(d, sums[r][0], sums[r][1], sums[r][2], sums[r][3]), four,
+               scores + r * kBlockKeys);
+  }
+}
+
+// Rows of such a tile.
+constexpr int32_t kDotRows = kRegisters == 32 ? 4 : 2;
+
+// scores (rows, kBlockKeys) = Q K^T for `keys` of them, and up to three more that mean nothing.
+template <class T>
+HWY_NOINLINE void scores_of_rows(Rows<T> k, Rows<float> queries, int32_t rows, int32_t keys,
+                                 int32_t head_size, const Upcoming& upcoming, float* scores) {
+  for (int32_t key = 0; key < keys; key += 4) {
+    const T* four[4];
+    for (int32_t i = 0; i < 4; ++i) {
+      four[i] = k[std::min(key + i, keys - 1)];
+      for (int32_t at = 0; at < upcoming.row_bytes; at += kLineBytes) upcoming.fetch(key + i, at);
+    }
+    int32_t row = 0;
+    const auto tile = [&](auto count) HWY_ATTR {
+      dot_tile<count()>(four, queries.from(row, 0), head_size, scores + row * kBlockKeys + key);
+      row += count();
+    };
+    while (rows - row >= kDotRows) tile(std::integral_constant<int32_t, kDotRows>());
+    if constexpr (kDotRows == 4) {
+      if (rows - row == 3) tile(std::integral_constant<int32_t, 3>());
+      if (rows - row == 2) tile(std::integral_constant<int32_t, 2>());
+    }
+    if (rows - row == 1) tile(std::integral_constant<int32_t, 1>());
+  }
+}
+
+// Exponentials as P V reads them: that of a row and a key is at data[row kRowStride + key
+// key_stride].
+template <int64_t kRowStride>
+struct Weights {
+  const float* data;
+  int64_t key_stride;
+
+  HWY_INLINE Weights from_row(int32_t row) const { return {data + row * kRowStride, key_stride}; }
+};
+
+// Rows of a register tile of the second product, at most, and vectors of columns beside them:
+// enough sums to hide the latency of a multiplication.
+constexpr int32_t kTileRows = kRegisters == 32 ? 8 : 6;
+constexpr int32_t tile_columns(int32_t rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : 2; }
+
+// Some rows of the product, and the keys that they need.
+template <int64_t kRowStride>
+struct OutputRows {
+  Weights<kRowStride> weights;
+  const float* factors;
+  float* outputs;
+  int64_t outputs_stride;
+  int32_t rows;
+  int32_t keys;
+  Upcoming upcoming;  // of which these fetch the rows turn, turn + turns, ...
+  int32_t turn;
+  int32_t turns;
+};
+
+// outputs (kRows, kVectors lanes) = outputs factors + P V over the keys, from `column` on.
+template <int32_t kRows, int32_t kVectors, int64_t kRowStride, class D, class T>
+HWY_INLINE void outputs_tile(D d, const OutputRows<kRowStride>& tile, Rows<T> v, int32_t column) {
+  constexpr int32_t kN = static_cast<int32_t>(hn::MaxLanes(D()));
+  float* HWY_RESTRICT outputs = tile.outputs + column;
+  hn::Vec<D> sums[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int32_t r = 0; r < kRows; ++r) {
+    const auto factor = hn::Set(d, tile.factors[r]);
+#pragma GCC unroll 8
+    for (int32_t c = 0; c < kVectors; ++c) {
+      sums[r][c] = hn::Mul(hn::LoadU(d, outputs + r * tile.outputs_stride + c * kN), factor);
+    }
+  }
+  const float* HWY_RESTRICT weights = tile.weights.data;
+  const T* HWY_RESTRICT values = v.data + column;
+  int32_t fetched = tile.turn;
+  for (int32_t key = 0; key < tile.keys; ++key) {
+    if (key == fetched) {
+      for (int32_t c = 0; c < kVectors * kN * int32_t{sizeof(T)}; c += kLineBytes) {
+        tile.upcoming.fetch(key, column * int32_t{sizeof(T)} + c);
+      }
+      fetched += tile.turns;
+    }
+    hn::Vec<D> columns[kVectors];
+#pragma GCC unroll 8
+    for (int32_t c = 0; c < kVectors; ++c) columns[c] = load(d, values + c * kN);
+#pragma GCC unroll 8
+    for (int32_t r = 0; r < kRows; ++r) {
+      const auto weight = hn::Set(d, weights[r * kRowStride]);
+#pragma GCC unroll 8
+      for (int32_t c = 0; c < kVectors; ++c) {
+        sums[r][c] = hn::MulAdd(weight, columns[c], sums[r][c]);
+      }
+    }
+    weights += tile.weights.key_stride;
+    values += v.stride;
+  }
+#pragma GCC unroll 8
+  for (int32_t r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int32_t c = 0; c < kVectors; ++c) {
+      hn::StoreU(sums[r][c], d, outputs + r * tile.outputs_stride + c * kN);
+    }
+  }
+}
+
+// The same for as many rows as the tile has.
+template <int32_t kVectors, class D, int64_t kRowStride, class T>
+HWY_NOINLINE void outputs_of_tile(D d, const OutputRows<kRowStride>& tile, Rows<T> v,
+                                  int32_t column) {
+  const auto compute = [&](auto rows) HWY_ATTR {
+    if constexpr (rows() <= kTileRows && kVectors <= tile_columns(rows())) {
+      outputs_tile<rows(), kVectors>(d, tile, v, column);
+    }
+  };
+  switch (tile.rows) {
+    case 1:
+      return compute(std::integral_constant<int32_t, 1>());
+    case 2:
+      return compute(std::integral_constant<int32_t, 2>());
+    case 3:
+      return compute(std::integral_constant<int32_t, 3>());
+    case 4:
+      return compute(std::integral_constant<int32_t, 4>());
+    case 5:
+      return compute(std::integral_constant<int32_t, 5>());
+    case 6:
+      return compute(std::integral_constant<int32_t, 6>());
+    case 7:
+      return compute(std::integral_constant<int32_t, 7>());
+    case 8:
+      return compute(std::integral_constant<int32_t, 8>());
+  }
+}
+
+// Columns [column, v_head_size) of some tiles, kVectors vectors at a time and the rest by fewer.
+// All tiles take a panel of columns in turn: a block of it is read from L2 once, and then lies in
+// L1.
+template <int32_t kVectors, class D, int64_t kRowStride, class T>
+HWY_INLINE void outputs_of_tiles(D d, const OutputRows<kRowStride>* tiles, int32_t count, Rows<T> v,
+                                 int32_t column, int32_t v_head_size) {
+  constexpr int32_t kColumns = kVectors * static_cast<int32_t>(hn::MaxLanes(D()));
+  for (; column + kColumns <= v_head_size; column += kColumns) {
+    for (int32_t i = 0; i < count; ++i) outputs_of_tile<kVectors>(d, tiles[i], v, column);
+  }
+  if (column == v_head_size) return;
+  if constexpr (kVectors > 1) {
+    outputs_of_tiles<kVectors / 2>(d, tiles, count, v, column, v_head_size);
+  } else if constexpr (kColumns > 8) {
+    outputs_of_tiles<1>(EightLanes(), tiles, count, v, column, v_head_size);
+  }
+}
+
+// outputs (rows, V) = outputs factors + P V over keys [first_key, first_key + keys), of which a row
+// needs those before `ends`.
+template <class D, int64_t kRowStride, class T>
+HWY_NOINLINE void add_outputs(D d, Weights<kRowStride> weights, Rows<T> v, int32_t rows,
+                              int32_t first_key, int32_t keys, const int32_t* ends,
+                              const float* factors, int32_t v_head_size, const Upcoming& upcoming,
+                              float* outputs) {
+  constexpr int32_t kMostTiles = 8;  // of a panel, or of rows that fill few lanes
+  OutputRows<kRowStride> tiles[kMostTiles];
+  const int32_t count = (rows + kTileRows - 1) / kTileRows;
+  for (int32_t i = 0; i < count; ++i) {
+    const int32_t row = rows * i / count;
+    const int32_t next = rows * (i + 1) / count;
+    const int32_t end = *std::max_element(ends + row, ends + next);
+    tiles[i] = {weights.from_row(row),
+                factors + row,
+                outputs + int64_t{row} * v_head_size,
+                v_head_size,
+                next - row,
+                std::clamp(end - first_key, 0, keys),
+                upcoming,
+                i,
+                count};
+  }
+  switch (tile_columns(tiles[count - 1].rows)) {  // it has no fewer rows than the others
+    case 8:
+      return outputs_of_tiles<8>(d, tiles, count, v, 0, v_head_size);
+    case 4:
+      return outputs_of_tiles<4>(d, tiles, count, v, 0, v_head_size);
+    case 2:
+      return outputs_of_tiles<2>(d, tiles, count, v, 0, v_head_size);
+  }
+}
+
+}  // namespace fastmqa::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

@@ -1,0 +1,385 @@
+// SPDX-License-Identifier: MIT
+//
+// One unit of work from q, k and v to y: rows that share a KV head against a part of their keys.
+#if defined(FASTMQA_CPU_UNIT_INL_H) == defined(HWY_TARGET_TOGGLE)
+#ifdef FASTMQA_CPU_UNIT_INL_H
+#undef FASTMQA_CPU_UNIT_INL_H
+#else
+#define FASTMQA_CPU_UNIT_INL_H
+#endif
+
+#include <fastmqa/attention.h>
+#include <hwy/highway.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "lanes-inl.h"
+#include "mask.h"
+#include "plan.h"
+#include "products-inl.h"
+#include "softmax-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace fastmqa::cpu::HWY_NAMESPACE {
+
+// Rows in lanes are worth it where at least five of eight lanes have one.
+HWY_INLINE bool rows_fit_lanes(int32_t rows, int32_t lanes) {
+  const int32_t padded = (rows + lanes - 1) / lanes * lanes;
+  return 8 * rows >= 5 * padded;
+}
+
+template <class T>
+class UnitWork {
+ public:
+  UnitWork(const AttentionParams& params, const Plan& plan, const Unit& unit,
+           const Scratch& scratch)
+      : a_(params), plan_(plan), unit_(unit), s_(scratch) {}
+
+  HWY_INLINE void run() {
+    const Partials partials = partials_of(plan_, a_);
+    if (plan_.splits > 1) s_.outputs = partials.outputs + partial_row() * a_.v_head_size;
+    find_keys();
+    std::fill_n(s_.outputs, int64_t{unit_.rows} * a_.v_head_size, 0.0f);
+    std::fill_n(s_.largest, padded_rows(), -kInfinity);
+    std::fill_n(s_.sums, padded_rows(), 0.0f);
+    const Range keys = part_of(range_, plan_, unit_.split);
+    if (rows_fit_lanes(unit_.rows, kLanes)) {
+      run_panels(Lanes(), keys);
+    } else if (kLanes > 8 && unit_.rows <= 8 && rows_fit_lanes(unit_.rows, 8)) {
+      run_panels(EightLanes(), keys);
+    } else {
+      run_rows(keys);
+    }
+    if (plan_.splits == 1) {
+      write_outputs();
+    } else {
+      write_partials(partials);
+    }
+  }
+
+  // y and lse of row `row` of a row block whose keys were split; of the unit, any split will do.
+  HWY_INLINE void combine(int32_t row) const {
+    const Partials partials = partials_of(plan_, a_);
+    const int64_t first = unit_.block * plan_.splits * plan_.block_rows + row;
+    const auto at = [&](int32_t split) { return first + int64_t{split} * plan_.block_rows; };
+    float largest = -kInfinity;
+    for (int32_t i = 0; i < plan_.splits; ++i) largest = std::max(largest, partials.largest[at(i)]);
+    const float subtracted = largest == -kInfinity ? 0.0f : largest;
+    float sum = 0.0f;
+    std::fill_n(s_.outputs, a_.v_head_size, 0.0f);
+    for (int32_t i = 0; i < plan_.splits; ++i) {
+      const float weight = std::exp(partials.largest[at(i)] - subtracted);
+      if (weight == 0.0f) continue;
+      sum += weight * partials.sums[at(i)];
+      const float* const outputs = partials.outputs + at(i) * a_.v_head_size;
+      const EightLanes eight;
+      const auto by = hn::Set(eight, weight);
+      for (int32_t c = 0; c < a_.v_head_size; c += kEightLanes) {
+        hn::StoreU(hn::MulAdd(by, hn::LoadU(eight, outputs + c), hn::LoadU(eight, s_.outputs + c)),
+                   eight, s_.outputs + c);
+      }
+    }
+    write_row(row, s_.outputs, largest, sum);
+  }
+
+ private:
+  int32_t padded_rows() const { return (unit_.rows + kMostLanes - 1) / kMostLanes * kMostLanes; }
+  int32_t head_of(int32_t row) const {
+    return unit_.kv_head * plan_.group + (unit_.first_row + row) % plan_.group;
+  }
+  int32_t position_of(int32_t row) const { return (unit_.first_row + row) / plan_.group; }
+
+  // The keys of each row, and of any and of all of them.
+  HWY_INLINE void find_keys() {
+    length_ = valid_keys(a_, unit_.batch);
+    range_ = {a_.keys, 0};
+    common_ = {0, a_.keys};
+    for (int32_t row = 0; row < unit_.rows; ++row) {
+      const Range keys = visible_keys(a_, unit_.batch, position_of(row));
+      s_.begins[row] = keys.begin;
+      s_.ends[row] = keys.end;
+      common_ = {std::max(common_.begin, keys.begin), std::min(common_.end, keys.end)};
+      if (keys.begin < keys.end) {
+        range_ = {std::min(range_.begin, keys.begin), std::max(range_.end, keys.end)};
+      }
+      if (a_.mask_dtype != DType::kNone) {
+        const MaskStrides& stride = a_.mask_strides;
+        s_.mask_starts[row] =
+            unit_.batch * stride.batch + head_of(row) * stride.head + position_of(row) * stride.row;
+      }
+    }
+    if (range_.begin > range_.end) range_ = {0, 0};
+    for (int32_t row = unit_.rows; row < padded_rows(); ++row) s_.begins[row] = s_.ends[row] = 0;
+  }
+
+  const T* query(int32_t row) const {
+    return static_cast<const T*>(a_.q) + unit_.batch * a_.q_strides.batch +
+           head_of(row) * a_.q_strides.head + position_of(row) * a_.q_strides.row;
+  }
+  const T* keys_of_head() const {
+    return static_cast<const T*>(a_.k) + unit_.batch * a_.k_strides.batch +
+           unit_.kv_head * a_.k_strides.head;
+  }
+  bool values_in_keys() const { return a_.v == nullptr; }
+  const T* values_of_head() const {
+    return values_in_keys() ? keys_of_head()
+                            : static_cast<const T*>(a_.v) + unit_.batch * a_.v_strides.batch +
+                                  unit_.kv_head * a_.v_strides.head;
+  }
+  int64_t values_stride() const { return values_in_keys() ? a_.k_strides.row : a_.v_strides.row; }
+
+  // Few rows: q is (rows, D), K and V are read where they are.
+  HWY_INLINE void run_rows(Range keys) {
+    for (int32_t row = 0; row < unit_.rows; ++row) {
+      convert(query(row), a_.head_size, a_.scale, s_.queries + int64_t{row} * a_.head_size);
+    }
+    for (int32_t key = keys.begin; key < keys.end; key += kBlockKeys) {
+      add_rows({key, std::min(key + kBlockKeys, keys.end)});
+    }
+  }
+
+  // Rows in lanes: q is a panel after the other, each (D, width).
+  template <class D>
+  HWY_INLINE void run_panels(D d, Range keys) {
+    for_each_panel(d, [&](auto vectors, int32_t row) HWY_ATTR {
+      pack_panel(row, vectors() * static_cast<int32_t>(hn::MaxLanes(D())));
+    });
+    for (int32_t key = keys.begin; key < keys.end; key += kBlockKeys) {
+      const Range block{key, std::min(key + kBlockKeys, keys.end)};
+      const int32_t count = block.end - block.begin;
+      // Register tiles reach beyond a block that is not a multiple of theirs. Where that is beyond
+      // the valid keys too, there may be NaN or no memory at all.
+      const bool is_safe = count % kSplitStep == 0 || block.end + kMostTileKeys <= length_;
+      const Rows<float> k =
+          rows_of(keys_of_head(), a_.k_strides.row, block, a_.head_size, s_.keys, is_safe);
+      if (k.data == s_.keys) {
+        std::fill(s_.keys + int64_t{count} * a_.head_size,
+                  s_.keys + int64_t{kBlockKeys} * a_.head_size, 0.0f);
+      }
+      const Rows<float> v = values_in_keys()
+                                ? k
+                                : rows_of(values_of_head(), a_.v_strides.row, block, a_.v_head_size,
+                                          s_.values, /*in_place=*/true);
+      for_each_panel(
+          d, [&](auto vectors, int32_t row) HWY_ATTR { add_panel(d, vectors, k, v, block, row); });
+    }
+  }
+
+  // Calls do_panel(number of vectors, first row), with about as many vectors in each panel.
+  template <class D, class F>
+  HWY_INLINE void for_each_panel(D, const F& do_panel) const {
+    constexpr int32_t kN = static_cast<int32_t>(hn::MaxLanes(D()));
+    const int32_t vectors = (unit_.rows + kN - 1) / kN;
+    const int32_t panels = (vectors + kPanelVectors - 1) / kPanelVectors;
+    for (int32_t i = 0; i < panels; ++i) {
+      const int32_t first = vectors * i / panels;
+      switch (vectors * (i + 1) / panels - first) {
+        case 1:
+          do_panel(std::integral_constant<int32_t, 1>(), first * kN);
+          break;
+        case 2:
+          do_panel(std::integral_constant<int32_t, 2>(), first * kN);
+          break;
+        case 3:
+          do_panel(std::integral_constant<int32_t, 3>(), first * kN);
+          break;
+        case 4:
+          do_panel(std::integral_constant<int32_t, std::min(4, kPanelVectors)>(), first * kN);
+          break;
+      }
+    }
+  }
+
+  // Rows of q from `first` on, times scale and transposed. Lanes beyond the last row repeat it.
+  HWY_INLINE void pack_panel(int32_t first, int32_t width) {
+    const hn::FixedTag<float, 4> d;
+    const hn::Repartition<double, decltype(d)> pairs;
+    const auto scale = hn::Set(d, a_.scale);
+    float* const panel = s_.queries + int64_t{first} * a_.head_size;
+    for (int32_t row = 0; row < width; row += 4) {
+      const T* q[4];
+      for (int32_t i = 0; i < 4; ++i) q[i] = query(std::min(first + row + i, unit_.rows - 1));
+      for (int32_t column = 0; column < a_.head_size; column += 4) {
+        const auto q0 = hn::Mul(load(d, q[0] + column), scale);
+        const auto q1 = hn::Mul(load(d, q[1] + column), scale);
+        const auto q2 = hn::Mul(load(d, q[2] + column), scale);
+        const auto q3 = hn::Mul(load(d, q[3] + column), scale);
+        const auto a = hn::BitCast(pairs, hn::InterleaveLower(d, q0, q1));  // of columns 0 and 1
+        const auto b = hn::BitCast(pairs, hn::InterleaveLower(d, q2, q3));
+        const auto c = hn::BitCast(pairs, hn::InterleaveUpper(d, q0, q1));  // of columns 2 and 3
+        const auto e = hn::BitCast(pairs, hn::InterleaveUpper(d, q2, q3));
+        float* const to = panel + int64_t{column} * width + row;
+        hn::Store(hn::BitCast(d, hn::InterleaveLower(pairs, a, b)), d, to);
+        hn::Store(hn::BitCast(d, hn::InterleaveUpper(pairs, a, b)), d, to + width);
+        hn::Store(hn::BitCast(d, hn::InterleaveLower(pairs, c, e)), d, to + 2 * width);
+        hn::Store(hn::BitCast(d, hn::InterleaveUpper(pairs, c, e)), d, to + 3 * width);
+      }
+    }
+  }
+
+  // Rows in float32: where they are, or a copy.
+  HWY_INLINE Rows<float> rows_of(const T* from, int64_t stride, Range keys, int32_t columns,
+                                 float* copy, bool in_place) const {
+    if constexpr (std::is_same_v<T, float>) {
+      if (in_place) return {from + keys.begin * stride, stride};
+    }
+    for (int32_t key = keys.begin; key < keys.end; ++key) {
+      convert(from + key * stride, columns, 1.0f, copy + int64_t{key - keys.begin} * columns);
+    }
+    return {copy, columns};
+  }
+
+  // What is read next: the values of a block, and the keys of the one after it.
+  HWY_INLINE Upcoming values_of(Range block) const {
+    if (values_in_keys()) return {};
+    return upcoming(values_of_head(), a_.v_strides.row, block, a_.v_head_size);
+  }
+  HWY_INLINE Upcoming keys_after(Range block) const {
+    const Range next{block.end, std::min(block.end + kBlockKeys, range_.end)};
+    return upcoming(keys_of_head(), a_.k_strides.row, next, a_.head_size);
+  }
+  HWY_INLINE static Upcoming upcoming(const T* from, int64_t stride, Range keys, int32_t columns) {
+    constexpr int32_t kBytes = sizeof(T);
+    return {reinterpret_cast<const char*>(from + keys.begin * stride), stride * kBytes,
+            keys.end - keys.begin, columns * kBytes};
+  }
+
+  // The part of a block that some rows see.
+  HWY_INLINE Range seen_by(int32_t first, int32_t rows, Range block) const {
+    const int32_t begin = *std::min_element(s_.begins + first, s_.begins + first + rows);
+    const int32_t end = *std::max_element(s_.ends + first, s_.ends + first + rows);
+    return {std::max(begin, block.begin), std::min(end, block.end)};
+  }
+  bool is_seen_by_all(Range keys) const {
+    return keys.begin >= common_.begin && keys.end <= common_.end;
+  }
+  Adjustment adjustment(const float* mask) const {
+    return {a_.softcap, a_.softmax_precision == DType::kFloat16,
+            a_.mask_dtype == DType::kNone ? nullptr : mask};
+  }
+  bool is_plain() const {
+    return a_.softcap == 0.0f && a_.mask_dtype == DType::kNone && !is_half();
+  }
+  bool is_half() const { return a_.softmax_precision == DType::kFloat16; }
+
+  // A block of keys for the rows of one panel, which lie in lanes.
+  template <class D, int32_t kVectors>
+  HWY_INLINE void add_panel(D d, std::integral_constant<int32_t, kVectors>, Rows<float> k,
+                            Rows<float> v, Range block, int32_t first) {
+    constexpr int32_t kWidth = kVectors * static_cast<int32_t>(hn::MaxLanes(D()));
+    const int32_t rows = std::min(kWidth, unit_.rows - first);
+    const Range keys = seen_by(first, rows, block);
+    const int32_t count = keys.end - keys.begin;
+    const float* const factors = s_.factors + first;
+    const SoftmaxState state{s_.largest + first, s_.sums + first, s_.factors + first};
+    if (count <= 0) return;
+    // Register tiles begin at the block's first key, beyond whose last one K has no rows.
+    const int32_t skipped = (keys.begin - block.begin) / tile_keys(kVectors) * tile_keys(kVectors);
+    const int32_t first_key = block.begin + skipped;
+    const int32_t n = keys.end - first_key;
+    scores_of_panel<kVectors>(d, k.from(skipped, 0), s_.queries + int64_t{first} * a_.head_size, n,
+                              a_.head_size, first == 0 ? values_of(block) : Upcoming{}, s_.scores);
+    if (!is_plain() || !is_seen_by_all({first_key, keys.end})) {
+      if (a_.mask_dtype != DType::kNone) {
+        fill_mask(a_, s_.mask_starts + first, rows, first_key, n, MaskTile{s_.mask, 1, kWidth});
+      }
+      adjust_panel(d, adjustment(s_.mask), kWidth, first_key, n, s_.begins + first, s_.ends + first,
+                   s_.scores);
+    }
+    if (is_half()) {
+      exponentiate_panel<true>(d, kWidth, n, s_.scores, state);
+    } else {
+      exponentiate_panel<false>(d, kWidth, n, s_.scores, state);
+    }
+    add_outputs(d, Weights<1>{s_.scores, kWidth}, v.from(skipped, 0), rows, first_key, n,
+                s_.ends + first, factors, a_.v_head_size,
+                first == 0 ? keys_after(block) : Upcoming{},
+                s_.outputs + int64_t{first} * a_.v_head_size);
+  }
+
+  // The same for a unit of few rows, with keys in lanes.
+  HWY_INLINE void add_rows(Range block) {
+    const int32_t count = block.end - block.begin;
+    const Rows<T> k{keys_of_head(), a_.k_strides.row};
+    const Rows<T> v{values_of_head(), values_stride()};
+    scores_of_rows(k.from(block.begin, 0), Rows<float>{s_.queries, a_.head_size}, unit_.rows, count,
+                   a_.head_size, values_of(block), s_.scores);
+    if (a_.mask_dtype != DType::kNone) {
+      fill_mask(a_, s_.mask_starts, unit_.rows, block.begin, count,
+                MaskTile{s_.mask, kBlockKeys, 1});
+    }
+    for (int32_t row = 0; row < unit_.rows; ++row) {
+      float* const scores = s_.scores + row * kBlockKeys;
+      const int32_t begin = std::clamp(s_.begins[row] - block.begin, 0, count);
+      const int32_t end = std::clamp(s_.ends[row] - block.begin, begin, count);
+      adjust_row(adjustment(s_.mask + row * kBlockKeys), is_plain(), begin, end, scores);
+      const int32_t whole = (count + kLanes - 1) / kLanes * kLanes;
+      const int32_t used = (end + kLanes - 1) / kLanes * kLanes;
+      std::fill(scores + used, scores + whole, -kInfinity);
+      const SoftmaxState state{s_.largest + row, s_.sums + row, s_.factors + row};
+      if (is_half()) {
+        exponentiate_row<true>(count, scores, state);
+      } else {
+        exponentiate_row<false>(count, scores, state);
+      }
+    }
+    add_outputs(EightLanes(), Weights<kBlockKeys>{s_.scores, 1}, v.from(block.begin, 0), unit_.rows,
+                block.begin, count, s_.ends, s_.factors, a_.v_head_size, keys_after(block),
+                s_.outputs);
+  }
+
+  // Outputs of a split are in place already.
+  HWY_INLINE void write_partials(const Partials& partials) const {
+    const int64_t first = partial_row();
+    std::copy_n(s_.largest, unit_.rows, partials.largest + first);
+    std::copy_n(s_.sums, unit_.rows, partials.sums + first);
+  }
+  int64_t partial_row() const {
+    return (unit_.block * plan_.splits + unit_.split) * plan_.block_rows;
+  }
+
+  HWY_INLINE void write_outputs() const {
+    for (int32_t row = 0; row < unit_.rows; ++row) {
+      write_row(row, s_.outputs + int64_t{row} * a_.v_head_size, s_.largest[row], s_.sums[row]);
+    }
+  }
+
+  // y and lse of one row, from its undivided outputs.
+  HWY_INLINE void write_row(int32_t row, const float* outputs, float largest, float sum) const {
+    const int32_t head = head_of(row);
+    const int32_t position = position_of(row);
+    T* const y = static_cast<T*>(a_.y) + unit_.batch * a_.y_strides.batch +
+                 head * a_.y_strides.head + position * a_.y_strides.row;
+    const EightLanes d;
+    if (sum == 0.0f) {
+      // Nothing was visible; what V holds there, a NaN perhaps, is not to be seen.
+      for (int32_t column = 0; column < a_.v_head_size; column += kEightLanes) {
+        store(d, hn::Zero(d), y + column);
+      }
+    } else {
+      const auto factor = hn::Set(d, 1.0f / sum);
+      for (int32_t column = 0; column < a_.v_head_size; column += kEightLanes) {
+        store(d, hn::Mul(hn::LoadU(d, outputs + column), factor), y + column);
+      }
+    }
+    if (a_.lse != nullptr) {
+      a_.lse[unit_.batch * a_.lse_strides.batch + head * a_.lse_strides.head +
+             position * a_.lse_strides.row] = sum == 0.0f ? -kInfinity : largest + std::log(sum);
+    }
+  }
+
+  const AttentionParams& a_;
+  const Plan& plan_;
+  const Unit& unit_;
+  Scratch s_;
+  int32_t length_;  // valid keys
+  Range range_;     // keys that some row sees
+  Range common_;    // keys that all of them see
+};
+
+}  // namespace fastmqa::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target include guard
