@@ -6,9 +6,10 @@ Measures, each export in a process of its own:
 
 * export time and peak memory, fused against plain (transformers' SDPA attention, cache in and out
   by concatenation), at PyTorch's default opset and at 23 (one ``Attention`` node per layer);
-* one decode step in onnxruntime at several cache lengths, all files in one process, interleaved:
-  medians and their ratios. The static buffer is the next power of two: once just full (the step
-  makes its last token), once half empty (the step's token did not fit before);
+* one decode step at several cache lengths, all in one process, interleaved: medians and their
+  ratios. Each file in onnxruntime, ours also with the custom op where it is built, and the model in
+  PyTorch. The static buffer is the next power of two: once just full (the step makes its last
+  token), once half empty (the step's token did not fit before);
 * what a step costs if onnxruntime copies the cache because past and present are two buffers.
 
 Prints Markdown. A benchmark is no test: the exit code is 0 whatever the figures.
@@ -30,6 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from fastmqa_export.plugins import ort_library_if_built
 
 WEIGHTS_BYTES = 134_515_008 * 4
 LENGTHS = (64, 512, 2048)
@@ -126,10 +130,12 @@ def plain_export(model: Any, path: Path, opset: str) -> None:
 class FusedStep:
     """A decode step of our file; ``after`` tokens are cached when it ends."""
 
-    def __init__(self, path: Path, threads: int, *, shared: bool = True) -> None:
+    def __init__(
+        self, path: Path, threads: int, *, shared: bool = True, library: Path | None = None
+    ) -> None:
         from fastmqa_export.runtime import OnnxModel, create_session
 
-        self.model = OnnxModel(create_session(path, threads=threads))
+        self.model = OnnxModel(create_session(path, threads=threads, library=library))
         self.shared = shared
 
     def prepare(self, after: int, capacity: int) -> None:
@@ -177,6 +183,27 @@ class PlainStep:
         self.session.run_with_iobinding(self.binding)
 
 
+class EagerStep:
+    """The same step in PyTorch, with its own attention and cache."""
+
+    def __init__(self, threads: int) -> None:
+        import torch
+
+        from fastmqa_export.huggingface import HuggingFaceSource
+
+        torch.set_num_threads(threads)
+        self.model = HuggingFaceSource(find_model(), torch.float32).steps()
+
+    def prepare(self, after: int, capacity: int) -> None:
+        """Make the cache as it is right before the step; every step makes it longer by one."""
+        self.model.reset(1, capacity)
+        self.model.step(np.full((1, after - 1), 5))
+
+    def run(self) -> None:
+        """One step."""
+        self.model.step(np.array([[5]]))
+
+
 def time_steps(files: dict[str, Path], threads: int, repetitions: int) -> list[str]:
     """Rows of the decode table."""
     makers: dict[str, Callable[[], Any]] = {
@@ -184,6 +211,11 @@ def time_steps(files: dict[str, Path], threads: int, repetitions: int) -> list[s
         for kind, path in files.items()
     }
     makers["fused, two buffers"] = lambda: FusedStep(files["fused"], threads, shared=False)
+    ratios = [(kind, "fused") for kind in files if kind != "fused"]
+    if library := ort_library_if_built():
+        makers["kernel"] = lambda: FusedStep(files["fused"], threads, library=library)
+        makers["PyTorch"] = lambda: EagerStep(threads)
+        ratios += [("fused", "kernel"), ("PyTorch", "kernel")]
     # The first sessions of a process are up to 10 % slower, whatever they hold. So each file has
     # two, made in opposite orders, and the faster one counts.
     order = [*makers, *reversed(makers)]
@@ -211,12 +243,10 @@ def time_steps(files: dict[str, Path], threads: int, repetitions: int) -> list[s
                 )
                 for kind in makers
             }
-            ratios = [
-                f"{medians[kind] / medians['fused']:.2f}" for kind in files if kind != "fused"
-            ]
             cells = [f"{x:.1f}" for x in medians.values()]
-            rows.append(f"| {after} | {capacity} ({state}) | {' | '.join([*cells, *ratios])} |")
-    header = [*makers, *(f"{kind} / fused" for kind in files if kind != "fused")]
+            cells += [f"{medians[a] / medians[b]:.2f}" for a, b in ratios]
+            rows.append(f"| {after} | {capacity} ({state}) | {' | '.join(cells)} |")
+    header = [*makers, *(f"{a} / {b}" for a, b in ratios)]
     return [
         f"| tokens | buffer | {' | '.join(header)} |",
         "|---" * (len(header) + 2) + "|",
@@ -256,7 +286,7 @@ def main() -> None:
                 f"| {e['peak'] / WEIGHTS_BYTES:.2f} |"
             )
         for threads in arguments.threads:
-            print(f"\nDecode step in onnxruntime, float32, {threads} thread(s), median ms:\n")
+            print(f"\nDecode step, float32, {threads} thread(s), median ms:\n")
             print("\n".join(time_steps(files, threads, arguments.repetitions)))
 
 
