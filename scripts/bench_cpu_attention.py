@@ -52,6 +52,11 @@ from fastmqa_export.kernels import make_call
 from fastmqa_export.pipeline import machine
 
 OURS = "kernel"
+
+#: Seconds before a turn with several threads. Those of the one before, OpenMP's above all, look for
+#: work for some milliseconds before they sleep, and would take the next one's cores; which then needs
+#: a while to wake its own.
+PAUSE = 0.005
 LIMITS = ("multiplying", "reading")
 
 
@@ -278,7 +283,9 @@ def table(
 ) -> dict[str, Any]:
     """Print the table for that many threads; all times in milliseconds, by case and contender."""
     torch.set_num_threads(threads)
-    print(f"\n{dtype}, {threads} thread{'s' * (threads > 1)}, milliseconds, median (p10–p90)\n"[6:])
+    kind = str(dtype).removeprefix("torch.")
+    plural = "s" if threads > 1 else ""
+    print(f"\n{kind}, {threads} thread{plural}, milliseconds, median (p10–p90)\n")
     print(f"| | {' | '.join((*COLUMNS, *RATIOS.values()))} |")
     print("|---" * (1 + len(COLUMNS) + len(RATIOS)) + "|")
     everything: dict[str, Any] = {}
@@ -286,7 +293,7 @@ def table(
     for case in cases:
         made = contenders(case, dtype, threads, kernels)
         made |= limits(case, dtype, kernels.pool(threads))
-        times, is_quiet = bench.measure(made, seconds)
+        times, is_quiet = bench.measure(made, seconds, pause=PAUSE if threads > 1 else 0.0)
         everything[case.name] = times
         found = ratios(times)
         cells = []

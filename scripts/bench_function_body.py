@@ -224,10 +224,13 @@ def others_cpu_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
-def measure(made: dict[str, Contender], seconds: float) -> tuple[dict[str, list[float]], bool]:
+def measure(
+    made: dict[str, Contender], seconds: float, *, pause: float = 0.0
+) -> tuple[dict[str, list[float]], bool]:
     """Interleaved times in milliseconds, and whether the machine did nothing else meanwhile.
 
     Spells in which it did do not count. If 10 × ``seconds`` pass without enough quiet ones, all do.
+    Before each turn nothing runs for ``pause`` seconds, and then its contender, untimed.
     """
     quiet: dict[str, list[float]] = {name: [] for name in made}
     every: dict[str, list[float]] = {name: [] for name in made}
@@ -238,7 +241,11 @@ def measure(made: dict[str, Contender], seconds: float) -> tuple[dict[str, list[
         while time.perf_counter() < start + 0.3:
             for name in random.sample(list(made), len(made)):
                 step = made[name].step
+                time.sleep(pause)
+                turn = time.perf_counter()
                 step()
+                while time.perf_counter() < turn + pause:
+                    step()
                 before = time.perf_counter()
                 step()
                 spell[name].append((time.perf_counter() - before) * 1e3)

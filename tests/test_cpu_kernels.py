@@ -17,6 +17,7 @@ from budgets import BUDGET, assert_within_budget, oracle, same_dtype_error
 from cases import HALF_SOFTMAX_CASES, KERNEL_CASES, Case
 from emulated import Guarded
 
+from fastmqa_export import reference
 from fastmqa_export.accuracy import measure
 from fastmqa_export.config import OP_INPUTS
 from fastmqa_export.cpu_kernels import CpuKernels, ThreadPool
@@ -144,6 +145,23 @@ def test_every_case_is_within_the_budget(library, name, dtype):
 @pytest.mark.parametrize("case", HALF_SOFTMAX_CASES, ids=lambda case: case.name)
 def test_the_softmax_in_float16_is_within_the_budget(library, case):
     check(library, case, torch.float16)
+
+
+@pytest.mark.parametrize("heads", [2, 8, 32])
+def test_scores_distances_and_exponentials_are_rounded_to_float16(library, heads):
+    """A sum of 16-bit exponentials is exact in float32: the log-sum-exp shows each rounding."""
+    case = Case(name="", B=1, H=heads, S=1, T=200, D=8, V=8, softmax_precision=10, scale=1.0)
+    tensors, attributes = case.tensors(torch.float16), case.attributes()
+    tensors["q"] = torch.zeros_like(tensors["q"])
+    tensors["q"][..., 0], tensors["q"][..., 1] = 1, 2**-10  # a score that float32 holds exactly
+    tensors["k"] *= 3
+    expected = reference.attention(*(tensors.get(n) for n in OP_INPUTS), attributes=attributes)[1]
+    exact = oracle(tensors, attributes)[1]
+    assert (expected - exact).abs().max() > 1e-4
+    with each_target(library) as targets:
+        for _ in targets:
+            _, lse = run(library, tensors, attributes, library.pool(1), return_lse=True)
+            torch.testing.assert_close(lse, expected.float(), rtol=0, atol=2e-6)
 
 
 def random_case(seed: int) -> Case:

@@ -12,9 +12,6 @@
 namespace fastmqa::cpu {
 namespace {
 
-// Below so many products, threads cost more than they bring.
-constexpr int64_t kFewProducts = 1 << 16;
-
 constexpr int32_t kCombinedRows = 4;  // of one task
 
 std::atomic<int32_t> chosen_target{0};
@@ -95,7 +92,7 @@ Status run(const AttentionParams& params, const ThreadPool& pool) {
   const auto on_all_threads = [&](void (*task)(void*, int32_t), int64_t items) {
     job.next = 0;
     const auto tasks = static_cast<int32_t>(std::min<int64_t>(pool.threads, items));
-    if (tasks == 1 || plan.products < kFewProducts) return task(&job, 0);
+    if (tasks == 1 || plan.is_small) return task(&job, 0);
     pool.parallel_for(pool.pool, tasks, task, &job);
   };
   on_all_threads(&run_units, plan.units);

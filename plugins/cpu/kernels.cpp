@@ -4,16 +4,22 @@
 // takes a few lines, and its library, a shared one in Debian, need not be found at run time then.
 #include "kernels.h"
 
+#ifdef __x86_64__
 // A baseline that every machine has, AVX2 and AVX-512: those between and above bring these loops
-// nothing. Arrays of SVE's vectors, which have no size, do not exist.
-#define HWY_DISABLED_TARGETS                                                                \
-  (HWY_SSSE3 | HWY_SSE4 | HWY_AVX3_DL | HWY_AVX3_ZEN4 | HWY_AVX3_SPR | HWY_SVE | HWY_SVE2 | \
-   HWY_SVE_256 | HWY_SVE2_128)
+// nothing.
+#define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_SSE4 | HWY_AVX3_DL | HWY_AVX3_ZEN4 | HWY_AVX3_SPR)
+#elif !defined(HWY_COMPILE_ONLY_STATIC)
+#define HWY_COMPILE_ONLY_STATIC  // NEON, or what else the compiler may assume
+#endif
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels.cpp"
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
+
+#if HWY_MAJOR == 1 && HWY_MINOR < 2
+#error "Highway 1.2 or newer is needed; Debian trixie has it as libhwy-dev"
+#endif
 
 #include "unit-inl.h"
 
@@ -67,11 +73,14 @@ struct Target {
 const Target kTargets[] = {
 #if HWY_TARGETS & HWY_AVX3 & ~HWY_STATIC_TARGET
     {__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"),
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd"),
      &N_AVX3::kKernels},
 #endif
 #if HWY_TARGETS & HWY_AVX2 & ~HWY_STATIC_TARGET
-    {__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &N_AVX2::kKernels},
+    {__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2"),
+     &N_AVX2::kKernels},
 #endif
     {true, &HWY_STATIC_DISPATCH(kKernels)},
 };

@@ -14,7 +14,10 @@ constexpr int32_t kLargeHead = 512;  // D + V above which that is so: the operan
 // It pays where it keeps a core busy, of which there are rarely more than kMostUnits.
 constexpr int32_t kSplitKeys = 256;
 constexpr int64_t kSplitProducts = 1 << 17;
-constexpr int64_t kMostUnits = 64;
+constexpr int64_t kMostUnits = 32;
+
+// Of a call, below which waking a thread costs more than it brings.
+constexpr int64_t kFewProducts = 1 << 16;
 
 constexpr size_t kAlignment = 64;  // bytes, of a cache line and of the widest vector
 
@@ -103,7 +106,7 @@ Plan make_plan(const AttentionParams& a) {
       {int64_t{a.keys / kSplitKeys}, products / kSplitProducts, ceil_div(kMostUnits, plan.blocks)});
   plan.splits = static_cast<int32_t>(std::max<int64_t>(splits, 1));
   plan.units = plan.blocks * plan.splits;
-  plan.products = plan.blocks * products;
+  plan.is_small = products < kFewProducts / plan.blocks;
   return plan;
 }
 
@@ -121,12 +124,9 @@ Unit unit_at(const Plan& plan, const AttentionParams& a, int64_t index) {
   return unit;
 }
 
-int32_t valid_keys(const AttentionParams& a, int32_t batch) {
-  return a.kv_lengths == nullptr ? a.keys : std::clamp(a.kv_lengths[batch], int32_t{0}, a.keys);
-}
-
 Range visible_keys(const AttentionParams& a, int32_t batch, int32_t position) {
-  const int64_t length = valid_keys(a, batch);
+  const int64_t length =
+      a.kv_lengths == nullptr ? a.keys : std::clamp(a.kv_lengths[batch], int32_t{0}, a.keys);
   const int64_t start = a.q_start == nullptr ? length - a.queries : a.q_start[batch];
   const int64_t at = start + position;
   const int64_t begin = a.window_left < 0 ? 0 : std::max<int64_t>(at - a.window_left, 0);

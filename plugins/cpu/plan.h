@@ -31,7 +31,7 @@ struct Plan {
   int32_t splits;      // parts that each row block's keys are divided into
   int64_t blocks;      // B Hkv row_blocks
   int64_t units;       // blocks splits
-  int64_t products;    // multiplications of all units, at most
+  bool is_small;       // other threads would cost more than they bring
 };
 
 Plan make_plan(const AttentionParams& params);
@@ -54,9 +54,6 @@ struct Range {
   int32_t begin;
   int32_t end;
 };
-
-// How many leading keys of a sequence are valid.
-int32_t valid_keys(const AttentionParams& params, int32_t batch);
 
 // The keys that causality, windows and lengths leave to the query at `position` of [0, S).
 Range visible_keys(const AttentionParams& params, int32_t batch, int32_t position);

@@ -5,6 +5,7 @@
 #include <hwy/cache_control.h>
 
 #include <atomic>
+#include <bit>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -25,6 +26,8 @@ void wait_while(const std::atomic<T>& x, T old) {
   x.wait(old);
 }
 
+// Whoever is awake takes items, and the caller waits for items, not for threads: one that another
+// program keeps from waking in time is not missed.
 class Pool {
  public:
   // The caller's thread is one of them, so one less is started.
@@ -50,42 +53,57 @@ class Pool {
     }
     task_ = task;
     context_ = context;
-    count_ = count;
-    next_ = 0;
-    busy_ = static_cast<int32_t>(workers_.size());
-    ++round_;
-    round_.notify_all();
+    done_ = 0;
+    offer(count);
     take_items();
-    for (int32_t busy; (busy = busy_) != 0;) wait_while(busy_, busy);
+    for (int32_t done; (done = done_) != count;) wait_while(done_, done);
   }
 
  private:
-  void work() {
-    for (uint32_t seen = 0;;) {
-      wait_while(round_, seen);
-      ++seen;
-      if (is_stopping_) return;
-      take_items();
-      if (--busy_ == 0) busy_.notify_one();
-    }
+  // What there is to do, in one word, so that an item is taken from the call that offered it or not
+  // at all.
+  struct Offer {
+    uint32_t call;  // number
+    int32_t left;   // items that nobody took yet; kEnd: there will be none
+  };
+  static_assert(sizeof(Offer) == sizeof(uint64_t));
+  static constexpr int32_t kEnd = -1;
+
+  void offer(int32_t count) {
+    const uint32_t call = std::bit_cast<Offer>(offer_.load()).call + 1;
+    offer_ = std::bit_cast<uint64_t>(Offer{call, count});
+    offer_.notify_all();
   }
   void take_items() {
-    for (int32_t i; (i = next_++) < count_;) task_(context_, i);
+    for (uint64_t seen = offer_; std::bit_cast<Offer>(seen).left > 0;) {
+      Offer taken = std::bit_cast<Offer>(seen);
+      --taken.left;
+      if (!offer_.compare_exchange_weak(seen, std::bit_cast<uint64_t>(taken))) continue;
+      // These cannot change before the item is done, and its call with it.
+      task_(context_, taken.left);
+      done_.fetch_add(1);
+      done_.notify_one();
+      seen = offer_;
+    }
+  }
+  void work() {
+    for (;;) {
+      take_items();
+      const uint64_t seen = offer_;
+      const int32_t left = std::bit_cast<Offer>(seen).left;
+      if (left == kEnd) return;
+      if (left == 0) wait_while(offer_, seen);
+    }
   }
   void stop() {
-    is_stopping_ = true;
-    ++round_;
-    round_.notify_all();
+    offer(kEnd);
     for (std::thread& worker : workers_) worker.join();
   }
 
   std::mutex is_in_use_;
   std::vector<std::thread> workers_;
-  std::atomic<uint32_t> round_ = 0;  // counts calls of parallel_for
-  std::atomic<int32_t> busy_ = 0;    // workers that have not finished this one
-  std::atomic<int32_t> next_ = 0;
-  std::atomic<bool> is_stopping_ = false;
-  int32_t count_ = 0;
+  std::atomic<uint64_t> offer_ = 0;
+  std::atomic<int32_t> done_ = 0;  // items of this call
   Task task_ = nullptr;
   void* context_ = nullptr;
 };

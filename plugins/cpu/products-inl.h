@@ -254,8 +254,10 @@ HWY_INLINE void outputs_tile(D d, const OutputRows<kRowStride>& tile, Rows<T> v,
   int32_t fetched = tile.turn;
   for (int32_t key = 0; key < tile.keys; ++key) {
     if (key == fetched) {
-      for (int32_t c = 0; c < kVectors * kN * int32_t{sizeof(T)}; c += kLineBytes) {
-        tile.upcoming.fetch(key, column * int32_t{sizeof(T)} + c);
+      for (int32_t row = key; row < tile.upcoming.rows; row += tile.keys) {
+        for (int32_t c = 0; c < kVectors * kN * int32_t{sizeof(T)}; c += kLineBytes) {
+          tile.upcoming.fetch(row, column * int32_t{sizeof(T)} + c);
+        }
       }
       fetched += tile.turns;
     }

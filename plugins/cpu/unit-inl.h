@@ -91,16 +91,13 @@ class UnitWork {
   }
   int32_t position_of(int32_t row) const { return (unit_.first_row + row) / plan_.group; }
 
-  // The keys of each row, and of any and of all of them.
+  // The keys of each row, and those that any of them sees.
   HWY_INLINE void find_keys() {
-    length_ = valid_keys(a_, unit_.batch);
     range_ = {a_.keys, 0};
-    common_ = {0, a_.keys};
     for (int32_t row = 0; row < unit_.rows; ++row) {
       const Range keys = visible_keys(a_, unit_.batch, position_of(row));
       s_.begins[row] = keys.begin;
       s_.ends[row] = keys.end;
-      common_ = {std::max(common_.begin, keys.begin), std::min(common_.end, keys.end)};
       if (keys.begin < keys.end) {
         range_ = {std::min(range_.begin, keys.begin), std::max(range_.end, keys.end)};
       }
@@ -149,15 +146,11 @@ class UnitWork {
     for (int32_t key = keys.begin; key < keys.end; key += kBlockKeys) {
       const Range block{key, std::min(key + kBlockKeys, keys.end)};
       const int32_t count = block.end - block.begin;
-      // Register tiles reach beyond a block that is not a multiple of theirs. Where that is beyond
-      // the valid keys too, there may be NaN or no memory at all.
-      const bool is_safe = count % kSplitStep == 0 || block.end + kMostTileKeys <= length_;
+      // Register tiles reach beyond a block that is not a multiple of theirs. What they find there
+      // makes scores that nobody reads, but there has to be memory.
+      const bool in_place = count % kSplitStep == 0 || block.end + kMostTileKeys <= a_.keys;
       const Rows<float> k =
-          rows_of(keys_of_head(), a_.k_strides.row, block, a_.head_size, s_.keys, is_safe);
-      if (k.data == s_.keys) {
-        std::fill(s_.keys + int64_t{count} * a_.head_size,
-                  s_.keys + int64_t{kBlockKeys} * a_.head_size, 0.0f);
-      }
+          rows_of(keys_of_head(), a_.k_strides.row, block, a_.head_size, s_.keys, in_place);
       const Rows<float> v = values_in_keys()
                                 ? k
                                 : rows_of(values_of_head(), a_.v_strides.row, block, a_.v_head_size,
@@ -246,14 +239,15 @@ class UnitWork {
             keys.end - keys.begin, columns * kBytes};
   }
 
-  // The part of a block that some rows see.
-  HWY_INLINE Range seen_by(int32_t first, int32_t rows, Range block) const {
+  // The part of a block that any of some rows sees.
+  HWY_INLINE Range seen_by_any(int32_t first, int32_t rows, Range block) const {
     const int32_t begin = *std::min_element(s_.begins + first, s_.begins + first + rows);
     const int32_t end = *std::max_element(s_.ends + first, s_.ends + first + rows);
     return {std::max(begin, block.begin), std::min(end, block.end)};
   }
-  bool is_seen_by_all(Range keys) const {
-    return keys.begin >= common_.begin && keys.end <= common_.end;
+  HWY_INLINE bool is_seen_by_all(int32_t first, int32_t rows, Range keys) const {
+    return *std::max_element(s_.begins + first, s_.begins + first + rows) <= keys.begin &&
+           *std::min_element(s_.ends + first, s_.ends + first + rows) >= keys.end;
   }
   Adjustment adjustment(const float* mask) const {
     return {a_.softcap, a_.softmax_precision == DType::kFloat16,
@@ -270,18 +264,16 @@ class UnitWork {
                             Rows<float> v, Range block, int32_t first) {
     constexpr int32_t kWidth = kVectors * static_cast<int32_t>(hn::MaxLanes(D()));
     const int32_t rows = std::min(kWidth, unit_.rows - first);
-    const Range keys = seen_by(first, rows, block);
-    const int32_t count = keys.end - keys.begin;
-    const float* const factors = s_.factors + first;
+    const Range keys = seen_by_any(first, rows, block);
+    if (keys.begin >= keys.end) return;
     const SoftmaxState state{s_.largest + first, s_.sums + first, s_.factors + first};
-    if (count <= 0) return;
     // Register tiles begin at the block's first key, beyond whose last one K has no rows.
     const int32_t skipped = (keys.begin - block.begin) / tile_keys(kVectors) * tile_keys(kVectors);
     const int32_t first_key = block.begin + skipped;
     const int32_t n = keys.end - first_key;
     scores_of_panel<kVectors>(d, k.from(skipped, 0), s_.queries + int64_t{first} * a_.head_size, n,
                               a_.head_size, first == 0 ? values_of(block) : Upcoming{}, s_.scores);
-    if (!is_plain() || !is_seen_by_all({first_key, keys.end})) {
+    if (!is_plain() || !is_seen_by_all(first, rows, {first_key, keys.end})) {
       if (a_.mask_dtype != DType::kNone) {
         fill_mask(a_, s_.mask_starts + first, rows, first_key, n, MaskTile{s_.mask, 1, kWidth});
       }
@@ -294,7 +286,7 @@ class UnitWork {
       exponentiate_panel<false>(d, kWidth, n, s_.scores, state);
     }
     add_outputs(d, Weights<1>{s_.scores, kWidth}, v.from(skipped, 0), rows, first_key, n,
-                s_.ends + first, factors, a_.v_head_size,
+                s_.ends + first, state.factors, a_.v_head_size,
                 first == 0 ? keys_after(block) : Upcoming{},
                 s_.outputs + int64_t{first} * a_.v_head_size);
   }
@@ -374,9 +366,7 @@ class UnitWork {
   const Plan& plan_;
   const Unit& unit_;
   Scratch s_;
-  int32_t length_;  // valid keys
-  Range range_;     // keys that some row sees
-  Range common_;    // keys that all of them see
+  Range range_;  // keys that any row sees
 };
 
 }  // namespace fastmqa::cpu::HWY_NAMESPACE
