@@ -54,8 +54,8 @@ from fastmqa_export.pipeline import machine
 OURS = "kernel"
 
 #: Seconds before a turn with several threads. Those of the one before, OpenMP's above all, look for
-#: work for some milliseconds before they sleep, and would take the next one's cores; which then needs
-#: a while to wake its own.
+#: work for some milliseconds before they sleep, and would take the cores of the next one, which
+#: then needs a while to wake its own.
 PAUSE = 0.005
 LIMITS = ("multiplying", "reading")
 
