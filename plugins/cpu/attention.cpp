@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdio>
 
 #include "check.h"
 #include "kernels.h"
@@ -102,18 +101,9 @@ Status run(const AttentionParams& params, const ThreadPool& pool) {
 
 }  // namespace fastmqa::cpu
 
-namespace {
-
-int32_t report(const fastmqa::Status& status, char* text, size_t text_bytes) {
-  if (text != nullptr && text_bytes > 0) std::snprintf(text, text_bytes, "%s", status.text);
-  return static_cast<int32_t>(status.code);
-}
-
-}  // namespace
-
 int32_t fastmqa_cpu_supports(const fastmqa::AttentionParams* params, char* text,
                              size_t text_bytes) {
-  return report(fastmqa::cpu::supports(*params), text, text_bytes);
+  return fastmqa::report(fastmqa::cpu::supports(*params), text, text_bytes);
 }
 
 size_t fastmqa_cpu_workspace_bytes(const fastmqa::AttentionParams* params, int32_t threads) {
@@ -122,7 +112,7 @@ size_t fastmqa_cpu_workspace_bytes(const fastmqa::AttentionParams* params, int32
 
 int32_t fastmqa_cpu_run(const fastmqa::AttentionParams* params,
                         const fastmqa::cpu::ThreadPool* pool, char* text, size_t text_bytes) {
-  return report(fastmqa::cpu::run(*params, *pool), text, text_bytes);
+  return fastmqa::report(fastmqa::cpu::run(*params, *pool), text, text_bytes);
 }
 
 const char* fastmqa_cpu_target(int32_t i) {

@@ -41,12 +41,7 @@ inline Status plan_for(const AttentionParams& a, const Device& device, int32_t t
   return ok();
 }
 
-// For the C functions: a status as its code, and its text where the caller wants it; or JSON, and
-// the bytes that the whole of it takes.
-inline int32_t report(const Status& status, char* text, size_t text_bytes) {
-  if (text != nullptr && text_bytes > 0) std::snprintf(text, text_bytes, "%s", status.text);
-  return static_cast<int32_t>(status.code);
-}
+// For the C functions: JSON, and the bytes that the whole of it takes.
 inline size_t report(const std::string& json, char* text, size_t text_bytes) {
   if (text != nullptr && text_bytes > 0) std::snprintf(text, text_bytes, "%s", json.c_str());
   return json.size() + 1;

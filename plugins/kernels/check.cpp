@@ -172,4 +172,9 @@ Status check_memory(const AttentionParams& a) {
   return ok();
 }
 
+int32_t report(const Status& status, char* text, size_t text_bytes) {
+  if (text != nullptr && text_bytes > 0) std::snprintf(text, text_bytes, "%s", status.text);
+  return static_cast<int32_t>(status.code);
+}
+
 }  // namespace fastmqa

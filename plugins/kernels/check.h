@@ -18,4 +18,7 @@ Status check_memory(const AttentionParams& params);
 
 const char* name_of(DType dtype);
 
+// For the C functions: a status as its code, and its text where the caller wants it.
+int32_t report(const Status& status, char* text, size_t text_bytes);
+
 }  // namespace fastmqa

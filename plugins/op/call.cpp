@@ -37,20 +37,6 @@ std::string text_of(const Descriptor& tensor) {
 
 bool is(int32_t type, DType dtype) { return type == static_cast<int32_t>(dtype); }
 
-bool accepts(Tensor tensor, int32_t type, int32_t q_type) {
-  switch (tensor) {
-    case kQ:
-      return is(type, DType::kFloat16) || is(type, DType::kBFloat16) || is(type, DType::kFloat32);
-    case kMask:
-      return is(type, DType::kBool) || is(type, DType::kFloat32) || type == q_type;
-    case kLengths:
-    case kQStart:
-      return type == kInt32;
-    default:
-      return type == q_type;
-  }
-}
-
 std::string accepted_types(Tensor tensor, int32_t q_type) {
   switch (tensor) {
     case kQ:
@@ -134,6 +120,20 @@ MaskStrides mask_strides_of(const Descriptor& mask) {
 
 }  // namespace
 
+bool accepts(Tensor tensor, int32_t type, int32_t q_type) {
+  switch (tensor) {
+    case kQ:
+      return is(type, DType::kFloat16) || is(type, DType::kBFloat16) || is(type, DType::kFloat32);
+    case kMask:
+      return is(type, DType::kBool) || is(type, DType::kFloat32) || type == q_type;
+    case kLengths:
+    case kQStart:
+      return type == kInt32;
+    default:
+      return type == q_type;
+  }
+}
+
 void check_inputs(const Attributes& a, const Inputs& inputs) {
   const bool has_v = !a.has(kFeatureValuesInK);
   check_type(inputs, kQ);
@@ -199,6 +199,18 @@ AttentionParams describe_call(const Attributes& a, const Inputs& inputs) {
     call.mask_strides = mask_strides_of(inputs[kMask]);
   }
   return call;
+}
+
+void set_inputs(const Attributes& a, const void* const* inputs, AttentionParams& call) {
+  const auto live = [&](Feature feature, Tensor tensor) {
+    return a.has(feature) ? inputs[tensor] : nullptr;
+  };
+  call.q = inputs[kQ];
+  call.k = inputs[kK];
+  call.v = a.has(kFeatureValuesInK) ? nullptr : inputs[kV];
+  call.attn_mask = live(kFeatureMask, kMask);
+  call.kv_lengths = static_cast<const int32_t*>(live(kFeatureLengths, kLengths));
+  call.q_start = static_cast<const int32_t*>(live(kFeatureQStart, kQStart));
 }
 
 }  // namespace fastmqa::op

@@ -21,11 +21,18 @@ struct Descriptor {
 };
 using Inputs = std::array<Descriptor, kInputs>;
 
+// Whether a tensor may be of `type`, a number of onnx.TensorProto.DataType, beside queries of
+// theirs.
+bool accepts(Tensor tensor, int32_t type, int32_t q_type);
+
 // Refuses types and shapes of live inputs that contradict the op or each other; what is not known
 // yet agrees with everything.
 void check_inputs(const Attributes& attributes, const Inputs& inputs);
 
 // The call of inputs that are checked and known, without addresses and workspace.
 AttentionParams describe_call(const Attributes& attributes, const Inputs& inputs);
+
+// Gives a call the addresses of the inputs that are live.
+void set_inputs(const Attributes& attributes, const void* const* inputs, AttentionParams& call);
 
 }  // namespace fastmqa::op

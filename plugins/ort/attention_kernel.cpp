@@ -64,15 +64,7 @@ void AttentionKernel::compute(const Ort::KernelContext& context) const {
   op::check_inputs(attributes_, inputs);
 
   AttentionParams call = op::describe_call(attributes_, inputs);
-  const auto live = [&](op::Feature feature, op::Tensor tensor) {
-    return attributes_.has(feature) ? data[tensor] : nullptr;
-  };
-  call.q = data[op::kQ];
-  call.k = data[op::kK];
-  call.v = attributes_.has(op::kFeatureValuesInK) ? nullptr : data[op::kV];
-  call.attn_mask = live(op::kFeatureMask, op::kMask);
-  call.kv_lengths = static_cast<const int32_t*>(live(op::kFeatureLengths, op::kLengths));
-  call.q_start = static_cast<const int32_t*>(live(op::kFeatureQStart, op::kQStart));
+  op::set_inputs(attributes_, data.data(), call);
 
   std::array<int64_t, 4> y_shape;
   std::copy_n(inputs[op::kQ].dims, 4, y_shape.begin());

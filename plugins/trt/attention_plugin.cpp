@@ -255,16 +255,8 @@ int32_t AttentionPlugin::enqueue(const PluginTensorDesc*, const PluginTensorDesc
                                  const void* const* inputs, void* const* outputs, void* workspace,
                                  cudaStream_t stream) noexcept {
   return guarded("enqueue", kFailed, [&] {
-    const auto live = [&](op::Feature feature, op::Tensor input) {
-      return settings_.has(feature) ? inputs[input] : nullptr;
-    };
     AttentionParams call = call_;
-    call.q = inputs[op::kQ];
-    call.k = inputs[op::kK];
-    call.v = settings_.has(op::kFeatureValuesInK) ? nullptr : inputs[op::kV];
-    call.attn_mask = live(op::kFeatureMask, op::kMask);
-    call.kv_lengths = static_cast<const int32_t*>(live(op::kFeatureLengths, op::kLengths));
-    call.q_start = static_cast<const int32_t*>(live(op::kFeatureQStart, op::kQStart));
+    op::set_inputs(settings_, inputs, call);
     call.y = outputs[kY];
     call.lse = settings_.has(op::kFeatureLse) ? static_cast<float*>(outputs[kLse]) : nullptr;
     call.workspace = workspace;

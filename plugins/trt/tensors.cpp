@@ -3,8 +3,6 @@
 
 #include <algorithm>
 
-#include "../op/refusal.h"
-
 namespace fastmqa::trt {
 namespace {
 
@@ -72,18 +70,8 @@ bool is_type_accepted(int32_t position, const DynamicPluginTensorDesc* tensors) 
   const int32_t type = onnx_type_of(tensors[position].desc.type);
   if (position == op::kY) return type == q_type;
   if (position == op::kLse) return tensors[position].desc.type == DataType::kFLOAT;
-  op::Inputs inputs;
-  inputs.fill({q_type, Descriptor::kUnknown, {}});
-  inputs[op::kLengths].type = inputs[op::kQStart].type = onnx_type_of(DataType::kINT32);
-  inputs[position].type = type;
-  op::Attributes all_live;
-  all_live.features = op::kFeatureMask | op::kFeatureLengths | op::kFeatureQStart;
-  try {
-    op::check_inputs(all_live, inputs);
-  } catch (const op::Refusal&) {
-    return false;
-  }
-  return true;
+  return op::accepts(op::kQ, q_type, q_type) &&
+         op::accepts(static_cast<op::Tensor>(position), type, q_type);
 }
 
 }  // namespace fastmqa::trt
