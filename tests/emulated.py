@@ -190,3 +190,12 @@ class Guarded:
         """Assert that nothing was written outside."""
         for part in (self._memory[: self._begin], self._memory[self._end :]):
             assert bool((part == 0xFF).all()), "a byte outside a tensor was written"
+
+
+def strided(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
+    """The same values with the axes in another order in memory, and a gap of NaN after each row."""
+    stored = tensor.permute(order)
+    wide = torch.full((*stored.shape[:-1], stored.shape[-1] + 8), torch.nan, dtype=tensor.dtype)
+    wide[..., : stored.shape[-1]] = stored
+    back = tuple(order.index(axis) for axis in range(4))
+    return wide[..., : stored.shape[-1]].permute(back)

@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import ctypes
 import functools
-import hashlib
 import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import emulated
+import host_library
 
 from fastmqa_export.kernels import Device
 
@@ -52,7 +49,7 @@ class CudaOnHost:
     """
 
     def __init__(self) -> None:
-        """Compile it, unless build/ort_on_host has it."""
+        """Compile it, unless it was before."""
         self.path = _library(emulated.build(emulated.ALL_VARIANTS))
         self._library = ctypes.CDLL(str(self.path))
         self._library.take_scratch_bytes.restype = ctypes.c_size_t
@@ -80,33 +77,12 @@ def _library(kernels: Path) -> Path:
     sources = [*(x for x in sources if x.name != "attention_cpu.cpp"), DRIVER]
     seen = [*(PLUGINS / "op").glob("*.h"), *(PLUGINS / "ort").glob("*.h")]
     seen += [PLUGINS / "include" / "fastmqa" / "attention.h"]
-    include = ("-isystem", str(headers()), "-I", str(PLUGINS / "include"))
-    digest = hashlib.sha256(repr((_FLAGS, include, kernels.name)).encode())
-    for file in (*sorted(seen), *sources):
-        digest.update(file.read_bytes())
-    folder = ROOT / "build" / "ort_on_host"
-    library = folder / f"libcuda_on_host-{digest.hexdigest()[:20]}.so"
-    if library.exists():
-        return library
-    partial = folder / f"{library.stem}.{os.getpid()}"
-    partial.mkdir(parents=True)
-
-    def run(*command: object) -> None:
-        result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-4000:]
-
-    def compiled(source: Path) -> Path:
-        made = partial / f"{source.stem}.o"
-        renamed = ["-DRegisterCustomOps=RegisterForCuda"] if source.name == "register.cpp" else []
-        run("g++", *_FLAGS, *include, *renamed, "-c", source, "-o", made)
-        return made
-
-    try:
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compiled, sources))
-        rpath = f"-Wl,-rpath,{kernels.parent}"
-        run("g++", "-shared", *_FLAGS, *objects, kernels, rpath, "-o", partial / library.name)
-        (partial / library.name).rename(library)
-    finally:
-        shutil.rmtree(partial)
-    return library
+    renamed = ("-DRegisterCustomOps=RegisterForCuda",)
+    return host_library.compile_library(
+        sources,
+        seen,
+        (*_FLAGS, "-isystem", str(headers()), "-I", str(PLUGINS / "include")),
+        (str(kernels), f"-Wl,-rpath,{kernels.parent}"),
+        name="cuda_on_host",
+        only_for=lambda source: renamed if source.name == "register.cpp" else (),
+    )

@@ -15,7 +15,7 @@ import pytest
 import torch
 from budgets import BUDGET, assert_within_budget, oracle, same_dtype_error
 from cases import HALF_SOFTMAX_CASES, KERNEL_CASES, Case
-from emulated import Guarded
+from emulated import Guarded, strided
 
 from fastmqa_export import reference
 from fastmqa_export.accuracy import measure
@@ -24,9 +24,10 @@ from fastmqa_export.cpu_kernels import CpuKernels, ThreadPool
 from fastmqa_export.errors import ConfigError, KernelError
 from fastmqa_export.kernels import make_call
 
-pytestmark = pytest.mark.skipif(
-    cpu_library.missing() is not None, reason=cpu_library.missing() or ""
-)
+pytestmark = [
+    pytest.mark.skipif(cpu_library.missing() is not None, reason=cpu_library.missing() or ""),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 BY_NAME = {case.name: case for case in KERNEL_CASES}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -54,14 +55,6 @@ class ShuffledPool:
 @pytest.fixture(scope="module")
 def library() -> CpuKernels:
     return CpuKernels(cpu_library.library())
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager
@@ -103,15 +96,6 @@ def run(library: CpuKernels, tensors, attributes, pool: ThreadPool, *, return_ls
     for guarded in (*inputs.values(), y, workspace, *([lse] if lse else [])):
         guarded.check()
     return y.tensor, None if lse is None else lse.tensor
-
-
-def strided(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
-    """The same values with the axes in another order in memory, and a gap of NaN after each row."""
-    stored = tensor.permute(order)
-    wide = torch.full((*stored.shape[:-1], stored.shape[-1] + 8), torch.nan, dtype=tensor.dtype)
-    wide[..., : stored.shape[-1]] = stored
-    back = tuple(order.index(axis) for axis in range(4))
-    return wide[..., : stored.shape[-1]].permute(back)
 
 
 def check(library: CpuKernels, case: Case, dtype: torch.dtype) -> None:

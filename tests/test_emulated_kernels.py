@@ -9,13 +9,16 @@ import pytest
 import torch
 from budgets import assert_within_budget, oracle
 from cases import HALF_SOFTMAX_CASES, KERNEL_CASES, Case
-from emulated import ALL_VARIANTS, SHARED_BYTES, EmulatedKernels, build, missing
+from emulated import ALL_VARIANTS, SHARED_BYTES, EmulatedKernels, build, missing, strided
 
 from fastmqa_export.config import OP_INPUTS
 from fastmqa_export.errors import ConfigError
 from fastmqa_export.kernels import AttentionParams, Device, make_call
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
+pytestmark = [
+    pytest.mark.skipif(missing() is not None, reason=missing() or ""),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 BY_NAME = {case.name: case for case in KERNEL_CASES}
 
@@ -34,14 +37,6 @@ VARIANTS_SEEN: set[int] = set()
 @pytest.fixture(scope="module")
 def kernels() -> EmulatedKernels:
     return EmulatedKernels(build(ALL_VARIANTS))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def check(kernels: EmulatedKernels, case: Case, dtype: torch.dtype, sm: int, **options) -> None:
@@ -128,15 +123,6 @@ def test_the_number_of_splits_changes_no_more_than_the_rounding(kernels, name, t
 def test_every_tactic_is_within_the_budget(kernels, name, target, tactic):
     dtype, sm = TARGETS[target]
     check(kernels, BY_NAME[name], dtype, sm, sm_count=7, tactic=tactic)
-
-
-def strided(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
-    """The same values with the axes in another order in memory, and a gap after each row."""
-    stored = tensor.permute(order)
-    wide = torch.full((*stored.shape[:-1], stored.shape[-1] + 8), torch.nan, dtype=tensor.dtype)
-    wide[..., : stored.shape[-1]] = stored
-    back = tuple(order.index(axis) for axis in range(4))
-    return wide[..., : stored.shape[-1]].permute(back)
 
 
 @pytest.mark.parametrize("order", [(0, 2, 1, 3), (2, 0, 1, 3), (1, 2, 0, 3)])

@@ -10,30 +10,25 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import emulated
 import pytest
+import trt_driver
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "engines" / "examples" / "generate.cpp"
 FAKE = Path(__file__).parent / "fake_engine"
-HEADERS = [
-    Path(os.environ.get("TENSORRT_INCLUDE_DIR", "/usr/include")),
-    Path("/usr/include/x86_64-linux-gnu"),
-    ROOT / "build" / "tensorrt" / "include",
-]
 STRICT = ("-std=c++17", "-Wall", "-Wextra", "-Werror")
 
 
 @pytest.fixture(scope="module")
 def cuda() -> Path:
-    """The folder of CUDA's headers."""
+    """The folder of CUDA."""
     if not shutil.which("g++"):
         pytest.skip("needs g++")
-    nvcc = shutil.which(os.environ.get("CUDACXX", "nvcc"))
-    places = [Path("/usr/local/cuda"), *([Path(nvcc).resolve().parent.parent] if nvcc else [])]
-    for place in places:
-        if (place / "include" / "cuda_runtime_api.h").is_file():
-            return place
-    pytest.skip("needs CUDA's headers")
+    headers = emulated.cuda_headers()
+    if headers is None:
+        pytest.skip("needs CUDA's headers")
+    return headers.parent
 
 
 def compiled(*arguments: str | Path) -> None:
@@ -43,7 +38,7 @@ def compiled(*arguments: str | Path) -> None:
 
 
 def test_it_fits_tensorrts_headers_and_links(cuda, tmp_path):
-    headers = next((path for path in HEADERS if (path / "NvInfer.h").is_file()), None)
+    headers = trt_driver.headers()
     if headers is None:
         pytest.skip("needs TensorRT's headers: scripts/tensorrt_headers.sh")
     runtime = sorted(cuda.glob("lib*/libcudart_static.a"))

@@ -36,19 +36,11 @@ EVERY = [(case, FLOAT32) for case in CASES]
 EVERY += [(case, FLOAT16) for case in (*CASES, *HALF_SOFTMAX_CASES)]
 BY_NAME = {case.name: case for case in CASES}
 
-pytestmark = pytest.mark.filterwarnings(
+pytestmark = [
     # An empty row is −inf − (−inf) in numpy too; the body then replaces the row by 0.
-    "ignore:invalid value encountered in subtract:RuntimeWarning"
-)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Two threads on arrays this small wait for each other 50 times longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    pytest.mark.filterwarnings("ignore:invalid value encountered in subtract:RuntimeWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:

@@ -14,9 +14,10 @@ from budgets import assert_within_budget, oracle
 from cases import CASES, KERNEL_CASES, Case
 from ort_on_host import CudaOnHost
 
-pytestmark = pytest.mark.skipif(
-    ort_on_host.missing() is not None, reason=ort_on_host.missing() or ""
-)
+pytestmark = [
+    pytest.mark.skipif(ort_on_host.missing() is not None, reason=ort_on_host.missing() or ""),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 ROOT = Path(__file__).parents[1]
 BY_NAME = {case.name: case for case in KERNEL_CASES}
@@ -37,14 +38,6 @@ def gpu(library) -> CudaOnHost:
     library.set_device(75)
     library.take_scratch_bytes()
     return library
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def session_of(gpu: CudaOnHost, case: Case, dtype: torch.dtype):

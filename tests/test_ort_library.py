@@ -43,6 +43,8 @@ try:
 except MissingDependencyError as error:
     pytest.skip(str(error), allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BY_NAME = {case.name: case for case in KERNEL_CASES}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 #: The oldest onnxruntime takes each case in one type: the rest is the same kernel's affair.
@@ -51,14 +53,6 @@ if not IS_OLDEST:
     EVERY += [x for x in itertools.product(BY_NAME, ("float32", "float16")) if x not in EVERY]
 CASE = Case(name="plain", B=2, H=6, Hkv=2, S=5, T=11, D=16, V=24)
 CASE_WITH_LSE = dataclasses.replace(CASE, lse=True)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def session_of(case: Case, dtype=torch.float32, **options):

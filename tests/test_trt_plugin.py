@@ -33,7 +33,10 @@ from trt_driver import (
 
 from fastmqa_export.config import OP_INPUTS, OP_OUTPUTS
 
-pytestmark = pytest.mark.skipif(trt_driver.missing() is not None, reason=trt_driver.missing() or "")
+pytestmark = [
+    pytest.mark.skipif(trt_driver.missing() is not None, reason=trt_driver.missing() or ""),
+    pytest.mark.usefixtures("one_thread"),
+]
 needs_real_kernels = pytest.mark.skipif(UNDER_ASAN, reason="naive kernels take float32 only")
 
 TYPE_OF = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -44,14 +47,6 @@ TYPE_OF |= {torch.bool: "bool", torch.int32: "int32"}
 def driver():
     with trt_driver.driver_under_test() as driver:
         yield driver
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # Shapes, types, formats

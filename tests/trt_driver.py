@@ -6,21 +6,18 @@ Structs are those of NvInferRuntime.h; a test compares their sizes.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import ctypes
 import functools
-import hashlib
 import os
 import platform
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import emulated
+import host_library
 
 from fastmqa_export.kernels import Device
 
@@ -87,7 +84,7 @@ def major_of_headers() -> int:
 def compile_library(
     sources: Sequence[Path], *flags: str, link: Sequence[str] = (), name: str
 ) -> Path:
-    """A shared library, from build/trt_driver if the same was compiled before."""
+    """A shared library that sees the plugin's headers, TensorRT's and CUDA's."""
     flags = (
         *(*_FLAGS, _DEPRECATED, *flags, '-DFASTMQA_KERNELS_ID="tests"'),
         *("-isystem", str(headers()), "-isystem", str(emulated.cuda_headers())),
@@ -95,33 +92,7 @@ def compile_library(
     )
     contract = ROOT / "plugins" / "include" / "fastmqa" / "attention.h"
     seen = [*PLUGIN.glob("*.h"), *OP.glob("*.h"), contract]
-    digest = hashlib.sha256(repr((flags, link)).encode())
-    for file in (*sorted(seen), *sources):
-        digest.update(file.read_bytes())
-    folder = ROOT / "build" / "trt_driver"
-    library = folder / f"lib{name}-{digest.hexdigest()[:20]}.so"
-    if library.exists():
-        return library
-    partial = folder / f"{library.stem}.{os.getpid()}"
-    partial.mkdir(parents=True)
-
-    def run(*command: object) -> None:
-        result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-4000:]
-
-    def compiled(source: Path) -> Path:
-        made = partial / f"{source.parent.name}-{source.stem}.o"
-        run("g++", *flags, "-c", source, "-o", made)
-        return made
-
-    try:
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compiled, sources))
-        run("g++", "-shared", *flags, *objects, *link, "-ldl", "-o", partial / library.name)
-        (partial / library.name).rename(library)
-    finally:
-        shutil.rmtree(partial)
-    return library
+    return host_library.compile_library(sources, seen, flags, (*link, "-ldl"), name=name)
 
 
 def driver_library(*, under_asan: bool = UNDER_ASAN) -> Path:
