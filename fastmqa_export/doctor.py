@@ -218,13 +218,9 @@ def _plugin() -> Check:
     build = f"build it with that TensorRT's headers: TENSORRT_ROOT=... {plugins.build_command()}"
     if not _has("tensorrt"):
         return Check(name, "ok", f"{detail}; TensorRT is not installed, so it was not loaded")
-    # In a process of its own, which a library that does not fit may end.
-    command = [sys.executable, "-c", _LOAD, str(path), OP_NAME, str(OP_VERSION), OP_DOMAIN]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        return Check(name, "warning", f"{detail}; TensorRT does not load it: {reason[0]}", build)
-    installed = done.stdout.strip()
+    installed, reason = _try_to_load(_LOAD, str(path), OP_NAME, str(OP_VERSION), OP_DOMAIN)
+    if reason:
+        return Check(name, "warning", f"{detail}; TensorRT does not load it: {reason}", build)
     if installed.split(".")[0] != facts["tensorrt"].split(".")[0]:
         return Check(name, "warning", f"{detail}, but TensorRT {installed} is installed", build)
     return Check(name, "ok", f"{detail}; TensorRT {installed} loads it")
@@ -239,6 +235,19 @@ if registry.get_creator(*creator) is None:
     sys.exit("its registry finds no creator " + "::".join(creator))
 print(tensorrt.__version__)
 """
+
+
+def _try_to_load(code: str, *arguments: str) -> tuple[str, str]:
+    """What a few lines of Python print, and why they failed; empty if they did not.
+
+    In a process of its own, which a library that does not fit may end.
+    """
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    if done.returncode == 0:
+        return done.stdout.strip(), ""
+    said = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+    return "", said[0]
 
 
 def _cpu_kernel() -> Check:
@@ -258,14 +267,11 @@ def _custom_op() -> Check:
         return Check(name, "missing", f"onnxruntime runs the function in the file: {error}")
     if not _has("onnxruntime"):
         return Check(name, "ok", f"{path}; onnxruntime is not installed, so it was not loaded")
-    # In a process of its own, which a library that does not fit may end.
-    command = [sys.executable, "-c", _REGISTER, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+    version, reason = _try_to_load(_REGISTER, str(path))
+    if reason:
         build = f"build it anew: {plugins.build_command()}"
-        return Check(name, "warning", f"{path}; onnxruntime does not load it: {reason[0]}", build)
-    return Check(name, "ok", f"{path}; onnxruntime {done.stdout.strip()} loads it")
+        return Check(name, "warning", f"{path}; onnxruntime does not load it: {reason}", build)
+    return Check(name, "ok", f"{path}; onnxruntime {version} loads it")
 
 
 _REGISTER: Final = """

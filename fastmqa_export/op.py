@@ -24,6 +24,7 @@ from fastmqa_export.config import (
     Layout,
     SoftmaxPrecision,
 )
+from fastmqa_export.cpu_kernels import CpuKernels
 from fastmqa_export.errors import ConfigError, MissingDependencyError
 from fastmqa_export.kernels import KernelLibrary, make_call
 
@@ -208,17 +209,23 @@ def _run(*tensors: Any, **values: Any) -> tuple[Tensor, Tensor]:
 
 def _run_cpu(*tensors: Any, return_lse: bool, **values: Any) -> tuple[Tensor, Tensor | None]:
     """By the CPU kernel, or `_run` where there is none or it does not cover the call."""
-    if tensors[0].dtype != torch.float64 and tensors[0].numel() > 0:
+    library = _cpu_kernels()
+    if library is not None and tensors[0].dtype != torch.float64 and tensors[0].numel() > 0:
         attributes = checked_attributes(*tensors, **values)
-        with contextlib.suppress(MissingDependencyError, _NotCovered):
-            library = plugins.cpu_kernels()
-            call = make_call(*tensors, attributes=attributes, return_lse=return_lse)
-            try:
-                library.run(call, library.pool(torch.get_num_threads()))
-            except ConfigError as error:
-                raise _NotCovered from error
+        call = make_call(*tensors, attributes=attributes, return_lse=return_lse)
+        with contextlib.suppress(ConfigError):
+            library.run(call, library.pool(torch.get_num_threads()))
             return call.y, call.lse
     return _run(*tensors, **values)
+
+
+@functools.cache
+def _cpu_kernels() -> CpuKernels | None:
+    """The CPU kernel, or None where it is not built: looked for once, since every call asks."""
+    try:
+        return plugins.cpu_kernels()
+    except MissingDependencyError:
+        return None
 
 
 def _run_cuda(*tensors: Any, return_lse: bool, **values: Any) -> tuple[Tensor, Tensor | None]:

@@ -140,6 +140,7 @@ def no_cpu_kernels(monkeypatch):
     """Also where they are built."""
     monkeypatch.setenv("FASTMQA_CPU_KERNELS", "/nowhere.so")
     monkeypatch.setattr(plugins, "cpu_kernels", plugins.cpu_kernels.__wrapped__)
+    monkeypatch.setattr(op_module, "_cpu_kernels", op_module._cpu_kernels.__wrapped__)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -290,7 +291,7 @@ class CpuKernelThatTakesFloat32:
 
 
 def test_cpu_tensors_take_the_cpu_kernel(monkeypatch):
-    monkeypatch.setattr(plugins, "cpu_kernels", CpuKernelThatTakesFloat32)
+    monkeypatch.setattr(op_module, "_cpu_kernels", CpuKernelThatTakesFloat32)
     x = float32(1, 2, 3, 8)
     assert (fused_attention(x, x, x) == 7).all()
     y, lse = fused_attention(x, x, x, return_lse=True)
@@ -301,7 +302,7 @@ def test_cpu_tensors_take_the_cpu_kernel(monkeypatch):
 def test_what_the_cpu_kernel_does_not_cover_takes_the_reference(dtype, monkeypatch):
     x = normal(1, 2, 3, 8, dtype=dtype)
     expected = op_module._run(x, x, x, None, None, None, scale=8**-0.5)[0]
-    monkeypatch.setattr(plugins, "cpu_kernels", CpuKernelThatTakesFloat32)
+    monkeypatch.setattr(op_module, "_cpu_kernels", CpuKernelThatTakesFloat32)
     assert torch.equal(fused_attention(x, x, x), expected)
     none = float32(1, 2, 0, 8)
     assert fused_attention(none, float32(1, 2, 5, 8), float32(1, 2, 5, 8)).shape == (1, 2, 0, 8)
@@ -315,7 +316,7 @@ def test_without_the_cpu_kernel_the_reference_is_taken(monkeypatch):
 
 
 def test_what_is_wrong_is_no_reason_for_the_reference_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(plugins, "cpu_kernels", CpuKernelThatTakesFloat32)
+    monkeypatch.setattr(op_module, "_cpu_kernels", CpuKernelThatTakesFloat32)
     x = float32(1, 2, 3, 8)
     with pytest.raises(ConfigError, match="softcap"):
         fused_attention(x, x, x, softcap=-1.0)
