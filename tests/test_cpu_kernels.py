@@ -7,6 +7,8 @@ import dataclasses
 import itertools
 import random
 import re
+import shutil
+import subprocess
 import threading
 from collections.abc import Iterator
 
@@ -401,6 +403,22 @@ def test_a_pool_is_started_once(library):
 
 def test_head_sizes_beyond_the_ops_are_taken(library):
     check(library, Case(name="large", B=1, H=3, Hkv=3, S=2, T=20, D=1000, V=640), torch.float32)
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
+def test_the_compiler_keeps_the_fetches_of_upcoming_keys_and_values():
+    """GCC drops calls of a function that only fetches, and nothing but the time shows it."""
+    listing = subprocess.run(
+        ["objdump", "-d", "-C", "--no-show-raw-insn", cpu_library.library()],
+        check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    functions = re.split(r"^[0-9a-f]+ <", listing, flags=re.MULTILINE)
+    fetching: dict[str, list[bool]] = {"scores_of_panel": [], "scores_of_rows": []}
+    for function in functions:
+        if found := re.match(r"[^(]*::(scores_of_panel|scores_of_rows)<", function):
+            fetching[found[1]].append(re.search("prefetch|prfm", function) is not None)
+    assert all(fetching.values())
+    assert all(map(all, fetching.values()))
 
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpclmul", "-maes")

@@ -15,20 +15,51 @@ constexpr int32_t kCombinedRows = 4;  // of one task
 
 std::atomic<int32_t> chosen_target{0};
 
-// Work for all threads: items are taken one by one, so that those who find less to do take more.
+// Items [0, count), which threads take one by one, so that those who find less to do take more.
+// Each begins in a range of its own and then helps in the others': items that follow each other
+// read memory that does, and the end of one fetches what the next begins with.
+class Items {
+ public:
+  void offer(int64_t count, int32_t ranges) {
+    count_ = count;
+    ranges_ = std::min(ranges, kMostRanges);
+    for (int32_t i = 0; i < ranges_; ++i) next_[i] = begin(i);
+  }
+  template <class F>
+  void take(int32_t thread, const F& f) {
+    for (int32_t i = 0; i < ranges_; ++i) {
+      const int32_t range = (thread + i) % ranges_;
+      const int64_t end = begin(range + 1);
+      for (int64_t item; (item = next_[range].fetch_add(1, std::memory_order_relaxed)) < end;) {
+        f(item);
+      }
+    }
+  }
+
+ private:
+  static constexpr int32_t kMostRanges = 64;
+
+  int64_t begin(int32_t range) const { return count_ * range / ranges_; }
+
+  int64_t count_ = 0;
+  int32_t ranges_ = 1;
+  std::atomic<int64_t> next_[kMostRanges];
+};
+
+// Work for all threads.
 struct Job {
   const AttentionParams& params;
   const Plan plan;
   const Kernels& kernels;
-  std::atomic<int64_t> next;
+  Items items;
 };
 
 void run_units(void* context, int32_t thread) {
   Job& job = *static_cast<Job*>(context);
   const Scratch scratch = scratch_of(job.plan, job.params, thread);
-  for (int64_t i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) < job.plan.units;) {
+  job.items.take(thread, [&](int64_t i) {
     job.kernels.run_unit(job.params, job.plan, unit_at(job.plan, job.params, i), scratch);
-  }
+  });
 }
 
 int64_t combinations(const Plan& plan) {
@@ -40,12 +71,12 @@ void combine(void* context, int32_t thread) {
   const Plan& plan = job.plan;
   const Scratch scratch = scratch_of(plan, job.params, thread);
   const int64_t of_block = combinations(plan) / plan.blocks;
-  for (int64_t i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) < combinations(plan);) {
+  job.items.take(thread, [&](int64_t i) {
     const Unit unit = unit_at(plan, job.params, i / of_block * plan.splits);
     const int32_t first = static_cast<int32_t>(i % of_block) * kCombinedRows;
     const int32_t count = std::min(kCombinedRows, unit.rows - first);
     job.kernels.combine_rows(job.params, plan, unit, scratch, first, count);
-  }
+  });
 }
 
 Status check_pointers(const AttentionParams& a) {
@@ -87,11 +118,13 @@ Status run(const AttentionParams& params, const ThreadPool& pool) {
     return failure(Code::kInvalid, "workspace is null; this call needs %zu bytes",
                    workspace_bytes(plan, params, pool.threads));
   }
-  Job job{params, plan, *available_kernels(chosen_target.load()), 0};
+  Job job{params, plan, *available_kernels(chosen_target.load()), {}};
   const auto on_all_threads = [&](void (*task)(void*, int32_t), int64_t items) {
-    job.next = 0;
-    const auto tasks = static_cast<int32_t>(std::min<int64_t>(pool.threads, items));
-    if (tasks == 1 || plan.is_small) return task(&job, 0);
+    const auto most = static_cast<int32_t>(std::min<int64_t>(pool.threads, items));
+    const int32_t tasks = plan.is_small ? 1 : most;
+    // Units that are no splits come in the order of their sizes, and are taken in that.
+    job.items.offer(items, plan.splits > 1 ? tasks : 1);
+    if (tasks == 1) return task(&job, 0);
     pool.parallel_for(pool.pool, tasks, task, &job);
   };
   on_all_threads(&run_units, plan.units);

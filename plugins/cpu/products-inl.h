@@ -38,6 +38,9 @@ struct Rows {
 // Rows of memory that the next product reads: fetched while this one computes, because with few
 // rows of queries reading takes about as long as computing, and no processor fetches that far ahead
 // by itself.
+//
+// Everything between here and a loop that fetches has to be inlined by force: to GCC a function
+// that only fetches has no effect, and so it drops the calls of one that it has not inlined yet.
 struct Upcoming {
   const char* data;
   int64_t stride;  // in bytes
@@ -50,6 +53,7 @@ struct Upcoming {
   }
 };
 constexpr int32_t kLineBytes = 64;
+constexpr int32_t kLineColumns = 16;  // of float32
 
 // Accumulators of a register tile; the rest hold operands.
 constexpr int32_t kAccumulators = kRegisters == 32 ? 24 : 12;
@@ -66,11 +70,12 @@ constexpr int32_t tile_keys(int32_t vectors) {
 constexpr int32_t kDepth = 192;
 
 // scores[key][row] of a register tile, (tile_keys, W) with W = kVectors lanes: plus K Q^T over
-// `depth` columns. k: (tile_keys, depth), queries: (depth, W). Calls fetch(row) for each row and 16
-// columns.
-template <int32_t kVectors, bool kFirst, class D, class F>
+// `depth` columns. k: (tile_keys, depth), queries: (depth, W). Fetches the same rows and columns of
+// `upcoming`, which begin at first_row and first_column.
+template <int32_t kVectors, bool kFirst, class D>
 HWY_INLINE void scores_tile(D d, Rows<float> k, const float* HWY_RESTRICT queries, int32_t depth,
-                            float* HWY_RESTRICT scores, const F& fetch) {
+                            float* HWY_RESTRICT scores, const Upcoming& upcoming, int32_t first_row,
+                            int32_t first_column) {
   constexpr int32_t kKeys = tile_keys(kVectors);
   constexpr int32_t kWidth = kVectors * static_cast<int32_t>(hn::MaxLanes(D()));
   constexpr int32_t kN = static_cast<int32_t>(hn::MaxLanes(D()));
@@ -83,8 +88,9 @@ HWY_INLINE void scores_tile(D d, Rows<float> k, const float* HWY_RESTRICT querie
     }
   }
   for (int32_t column = 0; column < depth;) {
-    for (int32_t i = 0; i < kKeys; ++i) fetch(i, column);
-    for (const int32_t end = std::min(column + 16, depth); column < end; ++column) {
+    const int32_t line = (first_column + column) / kLineColumns * kLineBytes;
+    for (int32_t i = 0; i < kKeys; ++i) upcoming.fetch(first_row + i, line);
+    for (const int32_t end = std::min(column + kLineColumns, depth); column < end; ++column) {
       hn::Vec<D> q[kVectors];
 #pragma GCC unroll 4
       for (int32_t v = 0; v < kVectors; ++v) q[v] = hn::Load(d, queries + v * kN);
@@ -115,13 +121,11 @@ HWY_NOINLINE void scores_of_panel(D d, Rows<float> k, const float* queries, int3
     const int32_t depth = std::min(kDepth, head_size - column);
     for (int32_t key = 0; key < keys; key += kKeys) {
       const Rows<float> rows = k.from(key, column);
-      const auto fetch = [&](int32_t row, int32_t at) HWY_ATTR {
-        upcoming.fetch(key + row, (column + at) / 16 * kLineBytes);
-      };
+      float* const tile = scores + key * kWidth;
       if (column == 0) {
-        scores_tile<kVectors, true>(d, rows, queries, depth, scores + key * kWidth, fetch);
+        scores_tile<kVectors, true>(d, rows, queries, depth, tile, upcoming, key, column);
       } else {
-        scores_tile<kVectors, false>(d, rows, queries, depth, scores + key * kWidth, fetch);
+        scores_tile<kVectors, false>(d, rows, queries, depth, tile, upcoming, key, column);
       }
     }
     queries += kDepth * kWidth;
