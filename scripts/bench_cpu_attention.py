@@ -4,7 +4,7 @@
 
 Contenders, all in one process, in a new random order each repetition:
 
-* the kernel, through its C interface, with threads of its own;
+* the kernel, as onnxruntime's custom op and through its C interface with threads of its own;
 * the function body in onnxruntime, specialised (no feature live);
 * onnxruntime's Attention-23, its GroupQueryAttention with past and present in one buffer, and,
   where heads are not shared, its MultiHeadAttention;
@@ -14,9 +14,10 @@ Contenders, all in one process, in a new random order each repetition:
 
 How times are taken is `bench_function_body.measure`; what is wrong is not timed. Prints Markdown:
 median milliseconds with p10–p90, and ratios, each the median over repetitions: what the best of
-Attention, GroupQueryAttention and ``enable_gqa``, and the best of all others, take per time of the
-kernel; and the kernel's time per that of each limit. A benchmark is no test: the exit code is 0
-whatever the figures.
+Attention, GroupQueryAttention and ``enable_gqa`` ("rivals"), the best of the body and of packed
+heads ("packed") and the best of all ("others") take per time of the custom op; its time per that of
+each limit; and what "rivals" would be at the higher of the two limits. A benchmark is no test: the
+exit code is 0 whatever the figures. Build the libraries first, with scripts/build_kernels.sh.
 """
 
 from __future__ import annotations
@@ -43,15 +44,17 @@ from onnx import TensorProto, helper
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import bench_function_body as bench
 import cpu_library
-from bench_function_body import Contender, bound, decode, session
+from bench_function_body import Contender, bound, decode
 from cases import Case
 
 from fastmqa_export.config import OP_INPUTS
 from fastmqa_export.cpu_kernels import CpuKernels, ThreadPool
 from fastmqa_export.kernels import make_call
 from fastmqa_export.pipeline import machine
+from fastmqa_export.plugins import ort_library_path
 
-OURS = "kernel"
+OURS = "kernel in onnxruntime"
+KERNEL = "kernel alone"
 
 #: Seconds before a turn with several threads. Those of the one before, OpenMP's above all, look for
 #: work for some milliseconds before they sleep, and would take the cores of the next one, which
@@ -122,22 +125,24 @@ def targets(case: Case, dtype: torch.dtype) -> list[Target]:
 
 
 def kernel(case: Case, dtype: torch.dtype, kernels: CpuKernels, pool: ThreadPool) -> Contender:
-    """One call, its workspace allocated once."""
-    tensors = case.tensors(dtype)
-    call = make_call(
-        *(tensors.get(n) for n in OP_INPUTS), attributes=case.attributes(), return_lse=False
-    )
-    size = kernels.library.fastmqa_cpu_workspace_bytes(call.params, pool.threads)
+    """Calls of the kernel, their workspace allocated once."""
+    calls = [
+        make_call(*map(x.get, OP_INPUTS), attributes=case.attributes(), return_lse=False)
+        for x in bench.layers(case, dtype)
+    ]
+    size = kernels.library.fastmqa_cpu_workspace_bytes(calls[0].params, pool.threads)
     workspace = torch.empty(size, dtype=torch.uint8)
-    call.params.workspace = workspace.data_ptr()
+    for call in calls:
+        call.params.workspace = workspace.data_ptr()
     run, text = kernels.library.fastmqa_cpu_run, ctypes.create_string_buffer(512)
-    held = (call, workspace)  # alive as long as the contender
+    held = (calls, workspace)  # alive as long as the contender
 
     def step() -> None:
-        if run(held[0].params, pool, text, len(text)) != 0:
-            raise SystemExit(text.value.decode())
+        for call in held[0]:
+            if run(call.params, pool, text, len(text)) != 0:
+                raise SystemExit(text.value.decode())
 
-    return Contender(step, lambda: call.y)
+    return Contender(step, lambda: calls[0].y, len(calls))
 
 
 def limits(case: Case, dtype: torch.dtype, pool: ThreadPool) -> dict[str, Contender]:
@@ -149,16 +154,20 @@ def limits(case: Case, dtype: torch.dtype, pool: ThreadPool) -> dict[str, Conten
     products = bench.flops(case) // 2
     if case.is_causal and case.S > 1:
         products = products * (case.S + 1) // (2 * case.S)
-    columns = case.D if case.values_in_k else case.D + case.V
-    numbers = case.B * case.Hkv * case.T * columns * dtype.itemsize // 4
-    data = torch.rand(numbers)
     multiply, read = library.limit_products, library.limit_reading
     multiply.argtypes = (ctypes.c_void_p, ctypes.c_int64)
     read.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
     address = ctypes.addressof(pool)
+    caches = [x[name] for x in bench.layers(case, dtype) for name in ("k", "v") if name in x]
+
+    def read_all() -> None:
+        for cache in caches:
+            read(address, cache.data_ptr(), cache.nbytes // 4)
+
+    calls = len(caches) // (1 if case.values_in_k else 2)
     return {
         "multiplying": Contender(lambda: multiply(address, products), lambda: None),
-        "reading": Contender(lambda: read(address, data.data_ptr(), numbers), lambda: None),
+        "reading": Contender(read_all, lambda: None, calls),
     }
 
 
@@ -187,9 +196,9 @@ def prefill_contenders(case: Case, dtype: torch.dtype, threads: int) -> dict[str
     feed = {name: x.numpy() for name, x in t.items()}
     shape = (case.B, case.H, case.S, case.V)
     made = {
-        "body, specialised": bench.body(case, dtype, threads),
+        "body, specialised": bench.node(case, dtype, threads),
         "ORT Attention": bound(
-            session(bench.standard_node(case, "Attention", elem), threads), feed, shape
+            bench.standard_node(case, "Attention", elem), [feed], shape, threads
         ),
     }
     if case.is_causal:
@@ -200,14 +209,16 @@ def prefill_contenders(case: Case, dtype: torch.dtype, threads: int) -> dict[str
             "seqlens_k": np.full(case.B, case.T - 1, np.int32),
             "total": np.array([case.T], np.int32),
         }
-        runner = session(bench.standard_node(case, "GroupQueryAttention", elem), threads)
-        flat = bound(runner, rows, (case.B, case.S, case.H * case.V))
+        flat = bound(
+            bench.standard_node(case, "GroupQueryAttention", elem),
+            [rows], (case.B, case.S, case.H * case.V), threads,
+        )  # fmt: skip
         made["ORT GroupQueryAttention"] = flat._replace(
             result=lambda: flat.result().reshape(case.B, case.S, case.H, case.V).swapaxes(1, 2)
         )
     sdpa, scale = torch.nn.functional.scaled_dot_product_attention, case.attributes().scale
     made["torch enable_gqa"] = bench.torch_contender(
-        lambda: sdpa(q, k, v, scale=scale, is_causal=case.is_causal, enable_gqa=True)
+        lambda _: sdpa(q, k, v, scale=scale, is_causal=case.is_causal, enable_gqa=True), [t]
     )
     packed = q.reshape(case.B, case.Hkv, case.H // case.Hkv * case.S, case.D)
     mask = None
@@ -215,7 +226,7 @@ def prefill_contenders(case: Case, dtype: torch.dtype, threads: int) -> dict[str
         visible = torch.ones(case.S, case.T, dtype=torch.bool).tril()
         mask = visible.repeat(case.H // case.Hkv, 1)[None, None]
     made["torch packed"] = bench.torch_contender(
-        lambda: sdpa(packed, k, v, attn_mask=mask, scale=scale)
+        lambda _: sdpa(packed, k, v, attn_mask=mask, scale=scale), [t]
     )
     return made
 
@@ -224,17 +235,21 @@ def contenders(
     case: Case, dtype: torch.dtype, threads: int, kernels: CpuKernels
 ) -> dict[str, Contender]:
     """The kernel and what else can run the case, limits not among them; none is wrong."""
-    made = {OURS: kernel(case, dtype, kernels, kernels.pool(threads))}
+    made = {
+        OURS: bench.node(case, dtype, threads, ort_library_path()),
+        KERNEL: kernel(case, dtype, kernels, kernels.pool(threads)),
+    }
     if case.S > 1:
         made |= prefill_contenders(case, dtype, threads)
     else:
         made |= bench.contenders(case, dtype, threads)
         del made["body, lengths and causal"]
     if case.Hkv == case.H and dtype == torch.float32:  # it knows no shared heads, and no float16
-        t = {name: x.numpy() for name, x in case.tensors(dtype).items()}
-        feed = t | {"q": t["q"].swapaxes(1, 2).reshape(case.B, case.S, -1)}
-        runner = session(multi_head_node(case, TensorProto.FLOAT), threads)
-        made["ORT MultiHeadAttention"] = bound(runner, feed, (case.B, case.S, case.H * case.V))
+        arrays = [{name: x.numpy() for name, x in t.items()} for t in bench.layers(case, dtype)]
+        feeds = [t | {"q": t["q"].swapaxes(1, 2).reshape(case.B, case.S, -1)} for t in arrays]
+        out = (case.B, case.S, case.H * case.V)
+        model = multi_head_node(case, TensorProto.FLOAT)
+        made["ORT MultiHeadAttention"] = bound(model, feeds, out, threads)
     bench.check(case, dtype, made)
     return made
 
@@ -249,10 +264,11 @@ def ratios(times: dict[str, list[float]]) -> dict[str, float]:
     found = {
         "rivals": best(bench.RIVALS) / ours,
         "packed": best(("body, specialised", "torch packed")) / ours,
-        "others": best([name for name in times if name not in (OURS, *LIMITS)]) / ours,
+        "others": best([name for name in times if name not in (OURS, KERNEL, *LIMITS)]) / ours,
         "ORT Attention": best(("ORT Attention",)) / ours,
         "multiplying": ours / best(("multiplying",)),
         "reading": ours / best(("reading",)),
+        "at the limit": best(bench.RIVALS) / np.max([times[name] for name in LIMITS], axis=0),
     }
     return {name: float(np.median(ratio)) for name, ratio in found.items()}
 
@@ -261,6 +277,7 @@ def ratios(times: dict[str, list[float]]) -> dict[str, float]:
 COLUMNS = (
     "multiplying",
     "reading",
+    KERNEL,
     OURS,
     "body, specialised",
     "torch packed",
@@ -275,6 +292,7 @@ RATIOS = {
     "others": "others ×",
     "multiplying": "× multiplying",
     "reading": "× reading",
+    "at the limit": "rivals × at the limit",
 }
 
 
@@ -352,7 +370,7 @@ def peak_of_kernel() -> float:
 
 def peak_of_body() -> float:
     """Of the function body, on one thread."""
-    return peak_megabytes(lambda: bench.body(LONG, torch.float32, 1))
+    return peak_megabytes(lambda: bench.node(LONG, torch.float32, 1))
 
 
 def print_memory() -> None:

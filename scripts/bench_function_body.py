@@ -8,10 +8,12 @@ Contenders, all in one process, in a new random order each repetition:
 * onnxruntime's Attention-23, and its GroupQueryAttention with past and present in one buffer;
 * torch's scaled dot-product attention with ``enable_gqa``, and on packed heads.
 
-Batch and keys are dynamic in all files, inputs and outputs of onnxruntime are bound once, and each
-timed call follows an untimed one of its own. Times count only where no other process used more
-than a tenth of a core. Every result is checked against the float64 oracle
-first. Rounds make all sessions anew, because where buffers come to lie in memory matters.
+Each contender computes as many attentions as a model may have layers, one after the other and each
+with keys and values of its own, in all more than a cache holds; times are of one. Batch and keys
+are dynamic in all files, inputs and outputs of onnxruntime are bound once, and each timed call
+follows an untimed one of its own. Times count only where no other process used more than a tenth of
+a core. Every result is checked against the float64 oracle first. Rounds make all sessions anew,
+because where buffers come to lie in memory matters.
 
 Prints Markdown: median milliseconds with p10–p90, the ratio (median over repetitions) of the best
 of Attention, GroupQueryAttention and ``enable_gqa`` to the body, and the body's GFLOP/s. Beside
@@ -53,11 +55,17 @@ RIVALS = ("ORT Attention", "ORT GroupQueryAttention", "torch enable_gqa")
 TARGETS = {"body, specialised": 3.5, "body, lengths and causal": 3.0}
 
 
+#: Layers of a contender: so many that their keys and values exceed ``CACHE_BYTES``, at most this.
+MOST_LAYERS = 32
+CACHE_BYTES = 64 << 20
+
+
 class Contender(NamedTuple):
-    """``step`` is what is timed, ``result`` gives y afterwards."""
+    """``step`` is what is timed, so many ``calls`` of attention; ``result`` gives the first y."""
 
     step: Callable[[], Any]
     result: Callable[[], Any]
+    calls: int = 1
 
 
 def decode(name: str, **sizes: Any) -> Case:
@@ -83,9 +91,40 @@ def flops(case: Case) -> int:
     return 2 * case.B * case.H * case.S * case.T * (case.D + case.V)
 
 
-def session(model: onnx.ModelProto, threads: int) -> onnxruntime.InferenceSession:
+def layers(case: Case, dtype: torch.dtype) -> list[dict[str, torch.Tensor]]:
+    """Inputs of a contender's attentions, one after the other."""
+    first = case.tensors(dtype)
+    cached = sum(first[name].nbytes for name in ("k", "v") if name in first)
+    count = min(-(-CACHE_BYTES // cached), MOST_LAYERS) if case.S == 1 else 1
+    return [first, *({name: x.clone() for name, x in first.items()} for _ in range(count - 1))]
+
+
+def repeated(model: onnx.ModelProto, count: int) -> onnx.ModelProto:
+    """A file's one node so many times, with inputs and outputs of its own: q, q1, q2, ..."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph, (node,) = result.graph, model.graph.node
+    own = {value.name for value in (*graph.input, *graph.output)}
+    for i in range(1, count):
+        copy = graph.node.add()
+        copy.CopyFrom(node)
+        copy.name = f"{node.name}{i}"
+        for names in (copy.input, copy.output):
+            names[:] = [f"{name}{i}" if name in own else name for name in names]
+        for name, values in (("input", graph.input), ("output", graph.output)):
+            for value in getattr(model.graph, name):
+                values.add().CopyFrom(value)
+                values[-1].name += str(i)
+    return result
+
+
+def session(
+    model: onnx.ModelProto, threads: int, library: Path | None = None
+) -> onnxruntime.InferenceSession:
     """A session of that many threads, which stop when a step ends and so disturb no one else."""
     options = onnxruntime.SessionOptions()
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -95,36 +134,60 @@ def session(model: onnx.ModelProto, threads: int) -> onnxruntime.InferenceSessio
 
 
 def bound(
-    runner: onnxruntime.InferenceSession, feed: dict[str, Any], out: tuple[int, ...]
+    model: onnx.ModelProto,
+    feeds: list[dict[str, np.ndarray]],
+    out: tuple[int, ...],
+    threads: int,
+    library: Path | None = None,
 ) -> Contender:
-    """Inputs and outputs are bound once; an output that is also an input is that buffer."""
-    values = {k: onnxruntime.OrtValue.ortvalue_from_numpy(v) for k, v in feed.items()}
+    """The file's node for each of the feeds, y of shape ``out``.
+
+    Inputs and outputs are bound once; a present is the buffer of its past.
+    """
+    runner = session(repeated(model, len(feeds)), threads, library)
     binding = runner.io_binding()
-    for name, value in values.items():
-        binding.bind_ortvalue_input(name, value)
-    y = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(out, next(iter(feed.values())).dtype))
-    for output in runner.get_outputs():
-        shared = values.get(output.name.replace("present", "past"))
-        binding.bind_ortvalue_output(output.name, shared or y)
-    return Contender(lambda: runner.run_with_iobinding(binding), y.numpy)
+    outputs = [value.name for value in model.graph.output]
+    first = None
+    for i, feed in enumerate(feeds):
+        suffix = str(i or "")
+        values = {k: onnxruntime.OrtValue.ortvalue_from_numpy(v) for k, v in feed.items()}
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name + suffix, value)
+        y = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(out, next(iter(feed.values())).dtype))
+        first = first or y
+        for name in outputs:
+            shared = values.get(name.replace("present", "past"))
+            binding.bind_ortvalue_output(name + suffix, shared or y)
+    return Contender(lambda: runner.run_with_iobinding(binding), first.numpy, len(feeds))
 
 
-def torch_contender(attention: Callable[[], torch.Tensor]) -> Contender:
-    """A call that allocates its result, as PyTorch does."""
-    return Contender(attention, lambda: attention().numpy())
+def torch_contender(
+    attention: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+    inputs: list[dict[str, torch.Tensor]],
+) -> Contender:
+    """Calls that allocate their results, as PyTorch does."""
+
+    def step() -> None:
+        for each in inputs:
+            attention(each)
+
+    return Contender(step, lambda: attention(inputs[0]).numpy(), len(inputs))
 
 
-def body(case: Case, dtype: torch.dtype, threads: int) -> Contender:
-    """The function body as a file has it: head counts and sizes fixed, batch and keys dynamic."""
-    tensors = case.tensors(dtype)
-    model = ir.to_proto(single_node_model(case.attributes(), tensors, dynamic=False))
+def node(case: Case, dtype: torch.dtype, threads: int, library: Path | None = None) -> Contender:
+    """Our node as a file has it: head counts and sizes fixed, batch and keys dynamic.
+
+    It runs as the function body, or as the custom op where its library is given.
+    """
+    inputs = layers(case, dtype)
+    model = ir.to_proto(single_node_model(case.attributes(), inputs[0], dynamic=False))
     for value in model.graph.input:
         for axis, name in ((0, "b"), (2, "t" if value.name in ("k", "v") else "s")):
             if axis < len(value.type.tensor_type.shape.dim):
                 value.type.tensor_type.shape.dim[axis].dim_param = name
     del model.graph.value_info[:]
-    feed = {name: x.numpy() for name, x in tensors.items()}
-    return bound(session(model, threads), feed, (case.B, case.H, case.S, case.V))
+    feeds = [{name: x.numpy() for name, x in each.items()} for each in inputs]
+    return bound(model, feeds, (case.B, case.H, case.S, case.V), threads, library)
 
 
 def standard_node(case: Case, kind: str, dtype: int) -> onnx.ModelProto:
@@ -161,40 +224,48 @@ def standard_node(case: Case, kind: str, dtype: int) -> onnx.ModelProto:
 
 def contenders(case: Case, dtype: torch.dtype, threads: int) -> dict[str, Contender]:
     """What can run the case."""
-    t = case.tensors(dtype)
+    inputs = layers(case, dtype)
     # All keys are valid, so that every contender does the same work.
     live = dataclasses.replace(case, kv_lengths=(case.T,) * case.B, is_causal=True)
     made = {
-        "body, specialised": body(case, dtype, threads),
-        "body, lengths and causal": body(live, dtype, threads),
+        "body, specialised": node(case, dtype, threads),
+        "body, lengths and causal": node(live, dtype, threads),
     }
     elem = TensorProto.FLOAT if dtype == torch.float32 else TensorProto.FLOAT16
-    q, k = t["q"].numpy(), t["k"].numpy()
-    v = t["v"].numpy() if "v" in t else k
-    runner = session(standard_node(case, "Attention", elem), threads)
-    wide = bound(runner, {"q": q, "k": k, "v": v}, (case.B, case.H, 1, v.shape[3]))
+    if case.values_in_k:
+        for each in inputs:
+            each["v"] = each["k"]
+    arrays = [{name: x.numpy() for name, x in each.items()} for each in inputs]
+    out = (case.B, case.H, 1, arrays[0]["v"].shape[3])
+    wide = bound(standard_node(case, "Attention", elem), arrays, out, threads)
     made["ORT Attention"] = wide._replace(result=lambda: wide.result()[..., : case.V])
     if not case.values_in_k:  # it wants V = D
-        new = {
-            "q": q.reshape(case.B, 1, -1),
-            "k": k[:, :, -1].reshape(case.B, 1, -1),
-            "v": v[:, :, -1].reshape(case.B, 1, -1),
-            "past_k": k.copy(),
-            "past_v": v.copy(),
-            "seqlens_k": np.full(case.B, case.T - 1, np.int32),
-            "total": np.array([case.T], np.int32),
-        }
-        runner = session(standard_node(case, "GroupQueryAttention", elem), threads)
-        made["ORT GroupQueryAttention"] = bound(runner, new, (case.B, 1, case.H * case.D))
-    tq, tk = t["q"], t["k"]
-    tv = t["v"] if "v" in t else tk[..., : case.V]
+        new = [
+            {
+                "q": x["q"].reshape(case.B, 1, -1),
+                "k": x["k"][:, :, -1].reshape(case.B, 1, -1),
+                "v": x["v"][:, :, -1].reshape(case.B, 1, -1),
+                # PyTorch's memory like the others': NumPy's has huge pages, which read faster.
+                "past_k": torch.from_numpy(x["k"]).clone().numpy(),
+                "past_v": torch.from_numpy(x["v"]).clone().numpy(),
+                "seqlens_k": np.full(case.B, case.T - 1, np.int32),
+                "total": np.array([case.T], np.int32),
+            }
+            for x in arrays
+        ]
+        made["ORT GroupQueryAttention"] = bound(
+            standard_node(case, "GroupQueryAttention", elem),
+            new, (case.B, 1, case.H * case.D), threads,
+        )  # fmt: skip
     sdpa = torch.nn.functional.scaled_dot_product_attention
     scale = case.attributes().scale
-    packed = tq.reshape(case.B, case.Hkv, case.H // case.Hkv, case.D)
+    packed = (case.B, case.Hkv, case.H // case.Hkv, case.D)
     made["torch enable_gqa"] = torch_contender(
-        lambda: sdpa(tq, tk, tv, scale=scale, enable_gqa=True)
+        lambda x: sdpa(x["q"], x["k"], x["v"][..., : case.V], scale=scale, enable_gqa=True), inputs
     )
-    made["torch packed"] = torch_contender(lambda: sdpa(packed, tk, tv, scale=scale))
+    made["torch packed"] = torch_contender(
+        lambda x: sdpa(x["q"].reshape(packed), x["k"], x["v"][..., : case.V], scale=scale), inputs
+    )
     return made
 
 
@@ -248,7 +319,7 @@ def measure(
                     step()
                 before = time.perf_counter()
                 step()
-                spell[name].append((time.perf_counter() - before) * 1e3)
+                spell[name].append((time.perf_counter() - before) * 1e3 / made[name].calls)
         wall = time.perf_counter() - start
         was_quiet = others_cpu_seconds() - others < 0.1 * wall
         quiet_seconds += wall * was_quiet
@@ -267,9 +338,9 @@ def matmul_gflops(threads: int) -> float:
         [helper.make_node("MatMul", ["a", "b"], ["y"])], "g", value[:2], value[2:]
     )
     opsets = [helper.make_opsetid("", 23)]
-    runner = session(helper.make_model(graph, opset_imports=opsets, ir_version=10), threads)
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     a = np.random.default_rng(0).standard_normal((n, n), np.float32)
-    contender = bound(runner, {"a": a, "b": a}, (n, n))
+    contender = bound(model, [{"a": a, "b": a}], (n, n), threads)
     times, _ = measure({"matmul": contender}, 1.0)
     return 2 * n**3 / min(times["matmul"]) / 1e6
 

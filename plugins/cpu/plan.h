@@ -16,6 +16,10 @@ namespace fastmqa::cpu {
 // operands.
 constexpr int32_t kBlockKeys = 96;
 
+// The same of a unit whose rows do not fill lanes, of which there are fewer than kMostLanes * 2: K
+// and V take turns less often, since what they are read from likes long runs.
+constexpr int32_t kFewRowsKeys = 4 * kBlockKeys;
+
 // Keys that splits are cut in, a multiple of all register tiles too; and those of the largest tile.
 constexpr int32_t kSplitStep = kBlockKeys / 2;
 constexpr int32_t kMostTileKeys = 16;

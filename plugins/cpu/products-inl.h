@@ -37,7 +37,7 @@ struct Rows {
 
 // Rows of memory that the next product reads: fetched while this one computes, because with few
 // rows of queries reading takes about as long as computing, and no processor fetches that far ahead
-// by itself.
+// by itself. Into L2: L1 is full of operands.
 //
 // Everything between here and a loop that fetches has to be inlined by force: to GCC a function
 // that only fetches has no effect, and so it drops the calls of one that it has not inlined yet.
@@ -47,12 +47,19 @@ struct Upcoming {
   int32_t rows;
   int32_t row_bytes;
 
-  // Fetches the cache line at byte `at` of a row into L2, if there is one: L1 is full of operands.
-  HWY_INLINE void fetch(int32_t row, int64_t at) const {
-    if (row < rows && at < row_bytes) __builtin_prefetch(data + row * stride + at, 0, 2);
+  // Byte `at` of a row, or null if there is none.
+  HWY_INLINE const char* find(int32_t row, int32_t at) const {
+    return row < rows && at < row_bytes ? data + row * stride + at : nullptr;
   }
 };
 constexpr int32_t kLineBytes = 64;
+
+HWY_INLINE void fetch_line(const char* from) { __builtin_prefetch(from, 0, 2); }
+
+// How many keys the products of a unit of few rows fetch ahead of the one at hand, in what they
+// read themselves and then in what comes next. Measured; further ahead, L2 has to hold more.
+HWY_INLINE int32_t keys_ahead(int32_t rows) { return std::min(16 * rows, kBlockKeys / 2); }
+
 constexpr int32_t kLineColumns = 16;  // of float32
 
 // Accumulators of a register tile; the rest hold operands.
@@ -89,7 +96,9 @@ HWY_INLINE void scores_tile(D d, Rows<float> k, const float* HWY_RESTRICT querie
   }
   for (int32_t column = 0; column < depth;) {
     const int32_t line = (first_column + column) / kLineColumns * kLineBytes;
-    for (int32_t i = 0; i < kKeys; ++i) upcoming.fetch(first_row + i, line);
+    for (int32_t i = 0; i < kKeys; ++i) {
+      if (const char* from = upcoming.find(first_row + i, line)) fetch_line(from);
+    }
     for (const int32_t end = std::min(column + kLineColumns, depth); column < end; ++column) {
       hn::Vec<D> q[kVectors];
 #pragma GCC unroll 4
@@ -154,18 +163,18 @@ HWY_INLINE hn::Vec<hn::FixedTag<float, 4>> sums_of_four(D d, hn::Vec<D> a, hn::V
 
 // scores[row][key] of kRows rows and four keys, whose elements are converted as they are loaded:
 // each is used for few products.
-template <int32_t kRows, class T>
-HWY_INLINE void dot_tile(const T* const (&k)[4], Rows<float> queries, int32_t head_size,
+template <int32_t kRows, class D, class T>
+HWY_INLINE void dot_tile(D d, const T* const (&k)[4], Rows<float> queries, int32_t head_size,
                          float* HWY_RESTRICT scores) {
-  const EightLanes d;
-  hn::Vec<EightLanes> sums[kRows][4];
+  constexpr int32_t kN = static_cast<int32_t>(hn::MaxLanes(D()));
+  hn::Vec<D> sums[kRows][4];
 #pragma GCC unroll 4
   for (int32_t r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int32_t i = 0; i < 4; ++i) sums[r][i] = hn::Zero(d);
   }
-  for (int32_t column = 0; column < head_size; column += kEightLanes) {
-    hn::Vec<EightLanes> keys[4];
+  for (int32_t column = 0; column < head_size; column += kN) {
+    hn::Vec<D> keys[4];
 #pragma GCC unroll 4
     for (int32_t i = 0; i < 4; ++i) keys[i] = load(d, k[i] + column);
 #pragma GCC unroll 4
@@ -179,26 +188,35 @@ HWY_INLINE void dot_tile(const T* const (&k)[4], Rows<float> queries, int32_t he
 #pragma GCC unroll 4
   for (int32_t r = 0; r < kRows; ++r) {
     hn::StoreU(sums_of_four(d, sums[r][0], sums[r][1], sums[r][2], sums[r][3]), four,
-               scores + r * kBlockKeys);
+               scores + r * kFewRowsKeys);
   }
 }
 
 // Rows of such a tile.
 constexpr int32_t kDotRows = kRegisters == 32 ? 4 : 2;
 
-// scores (rows, kBlockKeys) = Q K^T for `keys` of them, and up to three more that mean nothing.
-template <class T>
-HWY_NOINLINE void scores_of_rows(Rows<T> k, Rows<float> queries, int32_t rows, int32_t keys,
+// scores (rows, kFewRowsKeys) = Q K^T for `keys` of them, and up to three more that mean nothing.
+template <class D, class T>
+HWY_NOINLINE void scores_of_rows(D d, Rows<T> k, Rows<float> queries, int32_t rows, int32_t keys,
                                  int32_t head_size, const Upcoming& upcoming, float* scores) {
+  const Upcoming own{reinterpret_cast<const char*>(k.data), k.stride * int64_t{sizeof(T)}, keys,
+                     head_size * int32_t{sizeof(T)}};
+  const int32_t ahead = keys_ahead(rows);
   for (int32_t key = 0; key < keys; key += 4) {
-    const T* four[4];
-    for (int32_t i = 0; i < 4; ++i) {
-      four[i] = k[std::min(key + i, keys - 1)];
-      for (int32_t at = 0; at < upcoming.row_bytes; at += kLineBytes) upcoming.fetch(key + i, at);
+    const int32_t row_ahead = key + ahead;
+    const Upcoming& read = row_ahead < keys ? own : upcoming;
+    if (const char* from = read.find(row_ahead < keys ? row_ahead : row_ahead - keys, 0)) {
+      for (int32_t at = 0; at < read.row_bytes; at += kLineBytes) {
+#pragma GCC unroll 4
+        for (int32_t i = 0; i < 4; ++i) fetch_line(from + i * read.stride + at);
+      }
     }
+    const T* four[4];
+    for (int32_t i = 0; i < 4; ++i) four[i] = k[std::min(key + i, keys - 1)];
     int32_t row = 0;
     const auto tile = [&](auto count) HWY_ATTR {
-      dot_tile<count()>(four, queries.from(row, 0), head_size, scores + row * kBlockKeys + key);
+      dot_tile<count()>(d, four, queries.from(row, 0), head_size,
+                        scores + row * kFewRowsKeys + key);
       row += count();
     };
     while (rows - row >= kDotRows) tile(std::integral_constant<int32_t, kDotRows>());
@@ -234,7 +252,8 @@ struct OutputRows {
   int64_t outputs_stride;
   int32_t rows;
   int32_t keys;
-  Upcoming upcoming;  // of which these fetch the rows turn, turn + turns, ...
+  int32_t ahead;      // keys that V, and then `upcoming`, is fetched ahead of the key at hand,
+  Upcoming upcoming;  // of which these rows fetch those of the keys turn, turn + turns, ...
   int32_t turn;
   int32_t turns;
 };
@@ -258,9 +277,14 @@ HWY_INLINE void outputs_tile(D d, const OutputRows<kRowStride>& tile, Rows<T> v,
   int32_t fetched = tile.turn;
   for (int32_t key = 0; key < tile.keys; ++key) {
     if (key == fetched) {
-      for (int32_t row = key; row < tile.upcoming.rows; row += tile.keys) {
+      const int32_t row = key + tile.ahead;
+      const char* from = row < tile.keys
+                             ? reinterpret_cast<const char*>(values + tile.ahead * v.stride)
+                             : tile.upcoming.find(row - tile.keys, column * int32_t{sizeof(T)});
+      if (from != nullptr) {
+#pragma GCC unroll 8
         for (int32_t c = 0; c < kVectors * kN * int32_t{sizeof(T)}; c += kLineBytes) {
-          tile.upcoming.fetch(row, column * int32_t{sizeof(T)} + c);
+          fetch_line(from + c);
         }
       }
       fetched += tile.turns;
@@ -336,12 +360,13 @@ HWY_INLINE void outputs_of_tiles(D d, const OutputRows<kRowStride>* tiles, int32
 }
 
 // outputs (rows, V) = outputs factors + P V over keys [first_key, first_key + keys), of which a row
-// needs those before `ends`.
+// needs those before `ends`. Fetches `ahead` keys ahead, or
+// the next block alone where they have no more.
 template <class D, int64_t kRowStride, class T>
 HWY_NOINLINE void add_outputs(D d, Weights<kRowStride> weights, Rows<T> v, int32_t rows,
                               int32_t first_key, int32_t keys, const int32_t* ends,
-                              const float* factors, int32_t v_head_size, const Upcoming& upcoming,
-                              float* outputs) {
+                              const float* factors, int32_t v_head_size, int32_t ahead,
+                              const Upcoming& upcoming, float* outputs) {
   constexpr int32_t kMostTiles = 8;  // of a panel, or of rows that fill few lanes
   OutputRows<kRowStride> tiles[kMostTiles];
   const int32_t count = (rows + kTileRows - 1) / kTileRows;
@@ -349,12 +374,14 @@ HWY_NOINLINE void add_outputs(D d, Weights<kRowStride> weights, Rows<T> v, int32
     const int32_t row = rows * i / count;
     const int32_t next = rows * (i + 1) / count;
     const int32_t end = *std::max_element(ends + row, ends + next);
+    const int32_t needed = std::clamp(end - first_key, 0, keys);
     tiles[i] = {weights.from_row(row),
                 factors + row,
                 outputs + int64_t{row} * v_head_size,
                 v_head_size,
                 next - row,
-                std::clamp(end - first_key, 0, keys),
+                needed,
+                std::min(ahead, needed),
                 upcoming,
                 i,
                 count};

@@ -114,7 +114,7 @@ HWY_NOINLINE void exponentiate_panel(D d, int32_t width, int32_t keys, float* sc
   }
 }
 
-// Scores (kBlockKeys,) of one row: those outside of [begin, end) are excluded, the rest adjusted.
+// Scores (kFewRowsKeys,) of one row: those outside of [begin, end) are excluded, the rest adjusted.
 HWY_NOINLINE void adjust_row(const Adjustment& how, bool is_plain, int32_t begin, int32_t end,
                              float* scores) {
   const Lanes d;

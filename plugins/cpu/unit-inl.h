@@ -132,8 +132,13 @@ class UnitWork {
     for (int32_t row = 0; row < unit_.rows; ++row) {
       convert(query(row), a_.head_size, a_.scale, s_.queries + int64_t{row} * a_.head_size);
     }
-    for (int32_t key = keys.begin; key < keys.end; key += kBlockKeys) {
-      add_rows({key, std::min(key + kBlockKeys, keys.end)});
+    for (int32_t key = keys.begin; key < keys.end; key += kFewRowsKeys) {
+      const Range block{key, std::min(key + kFewRowsKeys, keys.end)};
+      if (a_.head_size % kLanes == 0) {
+        add_rows(Lanes(), block);
+      } else {
+        add_rows(EightLanes(), block);
+      }
     }
   }
 
@@ -286,27 +291,28 @@ class UnitWork {
       exponentiate_panel<false>(d, kWidth, n, s_.scores, state);
     }
     add_outputs(d, Weights<1>{s_.scores, kWidth}, v.from(skipped, 0), rows, first_key, n,
-                s_.ends + first, state.factors, a_.v_head_size,
+                s_.ends + first, state.factors, a_.v_head_size, kBlockKeys,
                 first == 0 ? keys_after(block) : Upcoming{},
                 s_.outputs + int64_t{first} * a_.v_head_size);
   }
 
-  // The same for a unit of few rows, with keys in lanes.
-  HWY_INLINE void add_rows(Range block) {
+  // The same for a unit of few rows, with keys in lanes. A vector of D divides a row of q.
+  template <class D>
+  HWY_INLINE void add_rows(D d, Range block) {
     const int32_t count = block.end - block.begin;
     const Rows<T> k{keys_of_head(), a_.k_strides.row};
     const Rows<T> v{values_of_head(), values_stride()};
-    scores_of_rows(k.from(block.begin, 0), Rows<float>{s_.queries, a_.head_size}, unit_.rows, count,
-                   a_.head_size, values_of(block), s_.scores);
+    scores_of_rows(d, k.from(block.begin, 0), Rows<float>{s_.queries, a_.head_size}, unit_.rows,
+                   count, a_.head_size, values_of(block), s_.scores);
     if (a_.mask_dtype != DType::kNone) {
       fill_mask(a_, s_.mask_starts, unit_.rows, block.begin, count,
-                MaskTile{s_.mask, kBlockKeys, 1});
+                MaskTile{s_.mask, kFewRowsKeys, 1});
     }
     for (int32_t row = 0; row < unit_.rows; ++row) {
-      float* const scores = s_.scores + row * kBlockKeys;
+      float* const scores = s_.scores + row * kFewRowsKeys;
       const int32_t begin = std::clamp(s_.begins[row] - block.begin, 0, count);
       const int32_t end = std::clamp(s_.ends[row] - block.begin, begin, count);
-      adjust_row(adjustment(s_.mask + row * kBlockKeys), is_plain(), begin, end, scores);
+      adjust_row(adjustment(s_.mask + row * kFewRowsKeys), is_plain(), begin, end, scores);
       const int32_t whole = (count + kLanes - 1) / kLanes * kLanes;
       const int32_t used = (end + kLanes - 1) / kLanes * kLanes;
       std::fill(scores + used, scores + whole, -kInfinity);
@@ -317,9 +323,9 @@ class UnitWork {
         exponentiate_row<false>(count, scores, state);
       }
     }
-    add_outputs(EightLanes(), Weights<kBlockKeys>{s_.scores, 1}, v.from(block.begin, 0), unit_.rows,
-                block.begin, count, s_.ends, s_.factors, a_.v_head_size, keys_after(block),
-                s_.outputs);
+    add_outputs(Lanes(), Weights<kFewRowsKeys>{s_.scores, 1}, v.from(block.begin, 0), unit_.rows,
+                block.begin, count, s_.ends, s_.factors, a_.v_head_size, keys_ahead(unit_.rows),
+                keys_after(block), s_.outputs);
   }
 
   // Outputs of a split are in place already.
