@@ -145,6 +145,7 @@ class UnitWork {
   // Rows in lanes: q is a panel after the other, each (D, width).
   template <class D>
   HWY_INLINE void run_panels(D d, Range keys) {
+    fetch_rows(keys_from(keys.begin));  // while q is packed
     for_each_panel(d, [&](auto vectors, int32_t row) HWY_ATTR {
       pack_panel(row, vectors() * static_cast<int32_t>(hn::MaxLanes(D())));
     });
@@ -156,10 +157,9 @@ class UnitWork {
       const bool in_place = count % kSplitStep == 0 || block.end + kMostTileKeys <= a_.keys;
       const Rows<float> k =
           rows_of(keys_of_head(), a_.k_strides.row, block, a_.head_size, s_.keys, in_place);
-      const Rows<float> v = values_in_keys()
-                                ? k
-                                : rows_of(values_of_head(), a_.v_strides.row, block, a_.v_head_size,
-                                          s_.values, /*in_place=*/true);
+      // Those of other types are converted by the first panel that multiplies them, after its
+      // product with K has fetched them.
+      Rows<float> v = values_in_keys() ? k : Rows<float>{nullptr, 0};
       for_each_panel(
           d, [&](auto vectors, int32_t row) HWY_ATTR { add_panel(d, vectors, k, v, block, row); });
     }
@@ -234,9 +234,9 @@ class UnitWork {
     if (values_in_keys()) return {};
     return upcoming(values_of_head(), a_.v_strides.row, block, a_.v_head_size);
   }
-  HWY_INLINE Upcoming keys_after(Range block) const {
-    const Range next{block.end, std::min(block.end + kBlockKeys, range_.end)};
-    return upcoming(keys_of_head(), a_.k_strides.row, next, a_.head_size);
+  HWY_INLINE Upcoming keys_from(int32_t begin) const {
+    const Range block{begin, std::min(begin + kBlockKeys, range_.end)};
+    return upcoming(keys_of_head(), a_.k_strides.row, block, a_.head_size);
   }
   HWY_INLINE static Upcoming upcoming(const T* from, int64_t stride, Range keys, int32_t columns) {
     constexpr int32_t kBytes = sizeof(T);
@@ -266,7 +266,7 @@ class UnitWork {
   // A block of keys for the rows of one panel, which lie in lanes.
   template <class D, int32_t kVectors>
   HWY_INLINE void add_panel(D d, std::integral_constant<int32_t, kVectors>, Rows<float> k,
-                            Rows<float> v, Range block, int32_t first) {
+                            Rows<float>& v, Range block, int32_t first) {
     constexpr int32_t kWidth = kVectors * static_cast<int32_t>(hn::MaxLanes(D()));
     const int32_t rows = std::min(kWidth, unit_.rows - first);
     const Range keys = seen_by_any(first, rows, block);
@@ -290,9 +290,13 @@ class UnitWork {
     } else {
       exponentiate_panel<false>(d, kWidth, n, s_.scores, state);
     }
+    if (v.data == nullptr) {
+      v = rows_of(values_of_head(), a_.v_strides.row, block, a_.v_head_size, s_.values,
+                  /*in_place=*/true);
+    }
     add_outputs(d, Weights<1>{s_.scores, kWidth}, v.from(skipped, 0), rows, first_key, n,
                 s_.ends + first, state.factors, a_.v_head_size, kBlockKeys,
-                first == 0 ? keys_after(block) : Upcoming{},
+                first == 0 ? keys_from(block.end) : Upcoming{},
                 s_.outputs + int64_t{first} * a_.v_head_size);
   }
 
@@ -324,8 +328,9 @@ class UnitWork {
       }
     }
     add_outputs(Lanes(), Weights<kFewRowsKeys>{s_.scores, 1}, v.from(block.begin, 0), unit_.rows,
-                block.begin, count, s_.ends, s_.factors, a_.v_head_size, keys_ahead(unit_.rows),
-                keys_after(block), s_.outputs);
+                block.begin, count, s_.ends, s_.factors, a_.v_head_size,
+                keys_ahead(unit_.rows, a_.head_size * int32_t{sizeof(T)}), keys_from(block.end),
+                s_.outputs);
   }
 
   // Outputs of a split are in place already.
