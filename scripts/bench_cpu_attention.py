@@ -158,16 +158,16 @@ def limits(case: Case, dtype: torch.dtype, pool: ThreadPool) -> dict[str, Conten
     multiply.argtypes = (ctypes.c_void_p, ctypes.c_int64)
     read.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
     address = ctypes.addressof(pool)
-    caches = [x[name] for x in bench.layers(case, dtype) for name in ("k", "v") if name in x]
+    inputs = bench.layers(case, dtype)
+    caches = [x[name] for x in inputs for name in ("k", "v") if name in x]
 
     def read_all() -> None:
         for cache in caches:
             read(address, cache.data_ptr(), cache.nbytes // 4)
 
-    calls = len(caches) // (1 if case.values_in_k else 2)
     return {
         "multiplying": Contender(lambda: multiply(address, products), lambda: None),
-        "reading": Contender(read_all, lambda: None, calls),
+        "reading": Contender(read_all, lambda: None, len(inputs)),
     }
 
 

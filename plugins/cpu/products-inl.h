@@ -205,20 +205,18 @@ HWY_INLINE void dot_tile(D d, const T* const (&k)[4], Rows<float> queries, int32
 constexpr int32_t kDotRows = kRegisters == 32 ? 4 : 2;
 
 // scores (rows, kFewRowsKeys) = Q K^T for `keys` of them, and up to three more that mean nothing.
+// Fetches `ahead` keys ahead, in K and then in `upcoming`.
 template <class D, class T>
 HWY_NOINLINE void scores_of_rows(D d, Rows<T> k, Rows<float> queries, int32_t rows, int32_t keys,
-                                 int32_t head_size, const Upcoming& upcoming, float* scores) {
+                                 int32_t head_size, int32_t ahead, const Upcoming& upcoming,
+                                 float* scores) {
   const Upcoming own{reinterpret_cast<const char*>(k.data), k.stride * int64_t{sizeof(T)}, keys,
                      head_size * int32_t{sizeof(T)}};
-  const int32_t ahead = keys_ahead(rows, own.row_bytes);
   for (int32_t key = 0; key < keys; key += 4) {
     const int32_t row_ahead = key + ahead;
     const Upcoming& read = row_ahead < keys ? own : upcoming;
     if (const char* from = read.find(row_ahead < keys ? row_ahead : row_ahead - keys, 0)) {
-      for (int32_t at = 0; at < read.row_bytes; at += kLineBytes) {
-#pragma GCC unroll 4
-        for (int32_t i = 0; i < 4; ++i) fetch_line(from + i * read.stride + at);
-      }
+      fetch_rows({from, read.stride, 4, read.row_bytes});
     }
     const T* four[4];
     for (int32_t i = 0; i < 4; ++i) four[i] = k[std::min(key + i, keys - 1)];
@@ -369,8 +367,8 @@ HWY_INLINE void outputs_of_tiles(D d, const OutputRows<kRowStride>* tiles, int32
 }
 
 // outputs (rows, V) = outputs factors + P V over keys [first_key, first_key + keys), of which a row
-// needs those before `ends`. Fetches `ahead` keys ahead, or
-// the next block alone where they have no more.
+// needs those before `ends`. Fetches `ahead` keys ahead, in V and then in `upcoming`; there alone
+// if there are no more keys than that.
 template <class D, int64_t kRowStride, class T>
 HWY_NOINLINE void add_outputs(D d, Weights<kRowStride> weights, Rows<T> v, int32_t rows,
                               int32_t first_key, int32_t keys, const int32_t* ends,

@@ -303,11 +303,12 @@ class UnitWork {
   // The same for a unit of few rows, with keys in lanes. A vector of D divides a row of q.
   template <class D>
   HWY_INLINE void add_rows(D d, Range block) {
+    const int32_t ahead = keys_ahead(unit_.rows, a_.head_size * int32_t{sizeof(T)});
     const int32_t count = block.end - block.begin;
     const Rows<T> k{keys_of_head(), a_.k_strides.row};
     const Rows<T> v{values_of_head(), values_stride()};
     scores_of_rows(d, k.from(block.begin, 0), Rows<float>{s_.queries, a_.head_size}, unit_.rows,
-                   count, a_.head_size, values_of(block), s_.scores);
+                   count, a_.head_size, ahead, values_of(block), s_.scores);
     if (a_.mask_dtype != DType::kNone) {
       fill_mask(a_, s_.mask_starts, unit_.rows, block.begin, count,
                 MaskTile{s_.mask, kFewRowsKeys, 1});
@@ -328,9 +329,8 @@ class UnitWork {
       }
     }
     add_outputs(Lanes(), Weights<kFewRowsKeys>{s_.scores, 1}, v.from(block.begin, 0), unit_.rows,
-                block.begin, count, s_.ends, s_.factors, a_.v_head_size,
-                keys_ahead(unit_.rows, a_.head_size * int32_t{sizeof(T)}), keys_from(block.end),
-                s_.outputs);
+                block.begin, count, s_.ends, s_.factors, a_.v_head_size, ahead,
+                keys_from(block.end), s_.outputs);
   }
 
   // Outputs of a split are in place already.
