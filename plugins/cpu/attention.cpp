@@ -57,8 +57,12 @@ struct Job {
 void run_units(void* context, int32_t thread) {
   Job& job = *static_cast<Job*>(context);
   const Scratch scratch = scratch_of(job.plan, job.params, thread);
+  int64_t next = -1;
   job.items.take(thread, [&](int64_t i) {
-    job.kernels.run_unit(job.params, job.plan, unit_at(job.plan, job.params, i), scratch);
+    Unit unit = unit_at(job.plan, job.params, i);
+    unit.follows = i == next && unit.split > 0;
+    next = i + 1;
+    job.kernels.run_unit(job.params, job.plan, unit, scratch);
   });
 }
 

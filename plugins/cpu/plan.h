@@ -48,6 +48,9 @@ struct Unit {
   int32_t kv_head;
   int32_t first_row;
   int32_t rows;
+  // Computed by the same thread right after the split before it: has its queries in scratch memory
+  // and its first keys in a cache.
+  bool follows;
 };
 
 // Units with the most keys come first where causality makes them differ.

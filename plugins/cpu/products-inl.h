@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "fetch.h"
 #include "lanes-inl.h"
 #include "plan.h"
 
@@ -35,42 +36,6 @@ struct Rows {
   }
 };
 
-// Rows of memory that the next product reads: fetched while this one computes, because with few
-// rows of queries reading takes about as long as computing, and no processor fetches that far ahead
-// by itself. Into L2: L1 is full of operands.
-//
-// Everything between here and a loop that fetches has to be inlined by force: to GCC a function
-// that only fetches has no effect, and so it drops the calls of one that it has not inlined yet.
-struct Upcoming {
-  const char* data;
-  int64_t stride;  // in bytes
-  int32_t rows;
-  int32_t row_bytes;
-
-  // Byte `at` of a row, or null if there is none.
-  HWY_INLINE const char* find(int32_t row, int32_t at) const {
-    return row < rows && at < row_bytes ? data + row * stride + at : nullptr;
-  }
-};
-constexpr int32_t kLineBytes = 64;
-
-HWY_INLINE void fetch_line(const char* from) { __builtin_prefetch(from, 0, 2); }
-HWY_INLINE void fetch_rows(const Upcoming& upcoming) {
-  for (int32_t row = 0; row < upcoming.rows; ++row) {
-    for (int32_t at = 0; at < upcoming.row_bytes; at += kLineBytes) {
-      fetch_line(upcoming.data + row * upcoming.stride + at);
-    }
-  }
-}
-
-// How many keys the products of a unit of few rows fetch ahead of the one at hand, in what they
-// read themselves and then in what comes next: 8 KB for each row that reads them, by measurement.
-HWY_INLINE int32_t keys_ahead(int32_t rows, int32_t key_bytes) {
-  return std::clamp(rows * 8192 / key_bytes, 8, kFewRowsKeys / 2);
-}
-
-constexpr int32_t kLineColumns = 16;  // of float32
-
 // Accumulators of a register tile; the rest hold operands.
 constexpr int32_t kAccumulators = kRegisters == 32 ? 24 : 12;
 
@@ -85,13 +50,14 @@ constexpr int32_t tile_keys(int32_t vectors) {
 // Columns of D after which scores are put aside, so that the panel of Q stays in L1.
 constexpr int32_t kDepth = 192;
 
+constexpr int32_t kLineColumns = kLineBytes / 4;  // of float32
+
 // scores[key][row] of a register tile, (tile_keys, W) with W = kVectors lanes: plus K Q^T over
-// `depth` columns. k: (tile_keys, depth), queries: (depth, W). Fetches the same rows and columns of
-// `upcoming`, which begin at first_row and first_column.
+// `depth` columns. k: (tile_keys, depth), of which `line` lines of the product come before;
+// queries: (depth, W).
 template <int32_t kVectors, bool kFirst, class D>
 HWY_INLINE void scores_tile(D d, Rows<float> k, const float* HWY_RESTRICT queries, int32_t depth,
-                            float* HWY_RESTRICT scores, const Upcoming& upcoming, int32_t first_row,
-                            int32_t first_column) {
+                            float* HWY_RESTRICT scores, const FetchNext& fetching, int32_t line) {
   constexpr int32_t kKeys = tile_keys(kVectors);
   constexpr int32_t kWidth = kVectors * static_cast<int32_t>(hn::MaxLanes(D()));
   constexpr int32_t kN = static_cast<int32_t>(hn::MaxLanes(D()));
@@ -104,10 +70,8 @@ HWY_INLINE void scores_tile(D d, Rows<float> k, const float* HWY_RESTRICT querie
     }
   }
   for (int32_t column = 0; column < depth;) {
-    const int32_t line = (first_column + column) / kLineColumns * kLineBytes;
-    for (int32_t i = 0; i < kKeys; ++i) {
-      if (const char* from = upcoming.find(first_row + i, line)) fetch_line(from);
-    }
+    fetching.fetch(line, kKeys);
+    line += kKeys;
     for (const int32_t end = std::min(column + kLineColumns, depth); column < end; ++column) {
       hn::Vec<D> q[kVectors];
 #pragma GCC unroll 4
@@ -132,7 +96,7 @@ HWY_INLINE void scores_tile(D d, Rows<float> k, const float* HWY_RESTRICT querie
 // many rows. queries: (head_size, W).
 template <int32_t kVectors, class D>
 HWY_NOINLINE void scores_of_panel(D d, Rows<float> k, const float* queries, int32_t keys,
-                                  int32_t head_size, const Upcoming& upcoming, float* scores) {
+                                  int32_t head_size, const FetchNext& fetching, float* scores) {
   constexpr int32_t kKeys = tile_keys(kVectors);
   constexpr int32_t kWidth = kVectors * static_cast<int32_t>(hn::MaxLanes(D()));
   for (int32_t column = 0; column < head_size; column += kDepth) {
@@ -140,10 +104,11 @@ HWY_NOINLINE void scores_of_panel(D d, Rows<float> k, const float* queries, int3
     for (int32_t key = 0; key < keys; key += kKeys) {
       const Rows<float> rows = k.from(key, column);
       float* const tile = scores + key * kWidth;
+      const int32_t line = keys * (column / kLineColumns) + key * lines_of(4 * depth);
       if (column == 0) {
-        scores_tile<kVectors, true>(d, rows, queries, depth, tile, upcoming, key, column);
+        scores_tile<kVectors, true>(d, rows, queries, depth, tile, fetching, line);
       } else {
-        scores_tile<kVectors, false>(d, rows, queries, depth, tile, upcoming, key, column);
+        scores_tile<kVectors, false>(d, rows, queries, depth, tile, fetching, line);
       }
     }
     queries += kDepth * kWidth;
@@ -171,11 +136,13 @@ HWY_INLINE hn::Vec<hn::FixedTag<float, 4>> sums_of_four(D d, hn::Vec<D> a, hn::V
 }
 
 // scores[row][key] of kRows rows and four keys, whose elements are converted as they are loaded:
-// each is used for few products.
+// each is used for few products. `line` lines of the product come before, or it is none that
+// fetches.
 template <int32_t kRows, class D, class T>
 HWY_INLINE void dot_tile(D d, const T* const (&k)[4], Rows<float> queries, int32_t head_size,
-                         float* HWY_RESTRICT scores) {
+                         const FetchAhead& fetching, int32_t line, float* HWY_RESTRICT scores) {
   constexpr int32_t kN = static_cast<int32_t>(hn::MaxLanes(D()));
+  constexpr int32_t kLineColumns = kLineBytes / int32_t{sizeof(T)};
   hn::Vec<D> sums[kRows][4];
 #pragma GCC unroll 4
   for (int32_t r = 0; r < kRows; ++r) {
@@ -186,6 +153,10 @@ HWY_INLINE void dot_tile(D d, const T* const (&k)[4], Rows<float> queries, int32
     hn::Vec<D> keys[4];
 #pragma GCC unroll 4
     for (int32_t i = 0; i < 4; ++i) keys[i] = load(d, k[i] + column);
+    if (line >= 0 && column % kLineColumns == 0) {
+      fetching.fetch(line, 4);
+      line += 4;
+    }
 #pragma GCC unroll 4
     for (int32_t r = 0; r < kRows; ++r) {
       const auto q = hn::Load(d, queries[r] + column);
@@ -205,25 +176,17 @@ HWY_INLINE void dot_tile(D d, const T* const (&k)[4], Rows<float> queries, int32
 constexpr int32_t kDotRows = kRegisters == 32 ? 4 : 2;
 
 // scores (rows, kFewRowsKeys) = Q K^T for `keys` of them, and up to three more that mean nothing.
-// Fetches `ahead` keys ahead, in K and then in `upcoming`.
 template <class D, class T>
 HWY_NOINLINE void scores_of_rows(D d, Rows<T> k, Rows<float> queries, int32_t rows, int32_t keys,
-                                 int32_t head_size, int32_t ahead, const Upcoming& upcoming,
-                                 float* scores) {
-  const Upcoming own{reinterpret_cast<const char*>(k.data), k.stride * int64_t{sizeof(T)}, keys,
-                     head_size * int32_t{sizeof(T)}};
+                                 int32_t head_size, const FetchAhead& fetching, float* scores) {
+  const int32_t lines = lines_of(head_size * int32_t{sizeof(T)});
   for (int32_t key = 0; key < keys; key += 4) {
-    const int32_t row_ahead = key + ahead;
-    const Upcoming& read = row_ahead < keys ? own : upcoming;
-    if (const char* from = read.find(row_ahead < keys ? row_ahead : row_ahead - keys, 0)) {
-      fetch_rows({from, read.stride, 4, read.row_bytes});
-    }
     const T* four[4];
     for (int32_t i = 0; i < 4; ++i) four[i] = k[std::min(key + i, keys - 1)];
     int32_t row = 0;
     const auto tile = [&](auto count) HWY_ATTR {
-      dot_tile<count()>(d, four, queries.from(row, 0), head_size,
-                        scores + row * kFewRowsKeys + key);
+      dot_tile<count()>(d, four, queries.from(row, 0), head_size, fetching,
+                        row == 0 ? key * lines : -1, scores + row * kFewRowsKeys + key);
       row += count();
     };
     while (rows - row >= kDotRows) tile(std::integral_constant<int32_t, kDotRows>());
@@ -242,38 +205,45 @@ struct Weights {
   const float* data;
   int64_t key_stride;
 
-  HWY_INLINE Weights from_row(int32_t row) const { return {data + row * kRowStride, key_stride}; }
+  HWY_INLINE Weights from(int32_t row, int32_t key) const {
+    return {data + row * kRowStride + key * key_stride, key_stride};
+  }
 };
 
 // Rows of a register tile of the second product, at most, and vectors of columns beside them:
 // enough sums to hide the latency of a multiplication.
 constexpr int32_t kTileRows = kRegisters == 32 ? 8 : 6;
-constexpr int32_t tile_columns(int32_t rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : 2; }
+constexpr int32_t tile_columns(int32_t rows) {
+  return rows == 1 ? 8 : rows <= (kRegisters == 32 ? 4 : 3) ? 4 : 2;
+}
 
-// Some rows of the product, and the keys that they need.
-template <int64_t kRowStride>
+// Some rows of the product with a run of keys, and how many of these they need.
+template <int64_t kRowStride, class Fetch>
 struct OutputRows {
   Weights<kRowStride> weights;
-  const float* factors;
+  const float* factors;  // or null, where outputs are not to be multiplied
   float* outputs;
   int64_t outputs_stride;
   int32_t rows;
   int32_t keys;
-  int32_t ahead;      // keys that V, and then `upcoming`, is fetched ahead of the key at hand,
-  Upcoming upcoming;  // of which these rows fetch those of the keys turn, turn + turns, ...
+  Fetch fetching;  // of which these rows take the keys turn, turn + turns, ...
   int32_t turn;
   int32_t turns;
+  int32_t line;       // of V, that the run begins with
+  int32_t key_lines;  // of V
+  int32_t run_keys;
 };
 
 // outputs (kRows, kVectors lanes) = outputs factors + P V over the keys, from `column` on.
-template <int32_t kRows, int32_t kVectors, int64_t kRowStride, class D, class T>
-HWY_INLINE void outputs_tile(D d, const OutputRows<kRowStride>& tile, Rows<T> v, int32_t column) {
+template <int32_t kRows, int32_t kVectors, int64_t kRowStride, class Fetch, class D, class T>
+HWY_INLINE void outputs_tile(D d, const OutputRows<kRowStride, Fetch>& tile, Rows<T> v,
+                             int32_t column) {
   constexpr int32_t kN = static_cast<int32_t>(hn::MaxLanes(D()));
   float* HWY_RESTRICT outputs = tile.outputs + column;
   hn::Vec<D> sums[kRows][kVectors];
 #pragma GCC unroll 8
   for (int32_t r = 0; r < kRows; ++r) {
-    const auto factor = hn::Set(d, tile.factors[r]);
+    const auto factor = hn::Set(d, tile.factors == nullptr ? 1.0f : tile.factors[r]);
 #pragma GCC unroll 8
     for (int32_t c = 0; c < kVectors; ++c) {
       sums[r][c] = hn::Mul(hn::LoadU(d, outputs + r * tile.outputs_stride + c * kN), factor);
@@ -281,19 +251,17 @@ HWY_INLINE void outputs_tile(D d, const OutputRows<kRowStride>& tile, Rows<T> v,
   }
   const float* HWY_RESTRICT weights = tile.weights.data;
   const T* HWY_RESTRICT values = v.data + column;
+  constexpr int32_t kT = sizeof(T);
+  const int32_t lines_before = lines_of(column * kT);
+  const int32_t lines = lines_of((column + kVectors * kN) * kT) - lines_before;
+  // A long run is not read as it lies, but all of these columns and then all of the next: what it
+  // fetches comes evenly in any order. A short one fetches what lies together.
+  const int32_t line = tile.line + lines_before * (Fetch::kInRuns ? tile.run_keys : 1);
+  const int32_t key_lines = Fetch::kInRuns ? lines : tile.key_lines;
   int32_t fetched = tile.turn;
   for (int32_t key = 0; key < tile.keys; ++key) {
     if (key == fetched) {
-      const int32_t row = key + tile.ahead;
-      const char* from = row < tile.keys
-                             ? reinterpret_cast<const char*>(values + tile.ahead * v.stride)
-                             : tile.upcoming.find(row - tile.keys, column * int32_t{sizeof(T)});
-      if (from != nullptr) {
-#pragma GCC unroll 8
-        for (int32_t c = 0; c < kVectors * kN * int32_t{sizeof(T)}; c += kLineBytes) {
-          fetch_line(from + c);
-        }
-      }
+      tile.fetching.fetch(line + key * key_lines, lines);
       fetched += tile.turns;
     }
     hn::Vec<D> columns[kVectors];
@@ -320,8 +288,8 @@ HWY_INLINE void outputs_tile(D d, const OutputRows<kRowStride>& tile, Rows<T> v,
 }
 
 // The same for as many rows as the tile has.
-template <int32_t kVectors, class D, int64_t kRowStride, class T>
-HWY_NOINLINE void outputs_of_tile(D d, const OutputRows<kRowStride>& tile, Rows<T> v,
+template <int32_t kVectors, class D, int64_t kRowStride, class Fetch, class T>
+HWY_NOINLINE void outputs_of_tile(D d, const OutputRows<kRowStride, Fetch>& tile, Rows<T> v,
                                   int32_t column) {
   const auto compute = [&](auto rows) HWY_ATTR {
     if constexpr (rows() <= kTileRows && kVectors <= tile_columns(rows())) {
@@ -351,9 +319,9 @@ HWY_NOINLINE void outputs_of_tile(D d, const OutputRows<kRowStride>& tile, Rows<
 // Columns [column, v_head_size) of some tiles, kVectors vectors at a time and the rest by fewer.
 // All tiles take a panel of columns in turn: a block of it is read from L2 once, and then lies in
 // L1.
-template <int32_t kVectors, class D, int64_t kRowStride, class T>
-HWY_INLINE void outputs_of_tiles(D d, const OutputRows<kRowStride>* tiles, int32_t count, Rows<T> v,
-                                 int32_t column, int32_t v_head_size) {
+template <int32_t kVectors, class D, int64_t kRowStride, class Fetch, class T>
+HWY_INLINE void outputs_of_tiles(D d, const OutputRows<kRowStride, Fetch>* tiles, int32_t count,
+                                 Rows<T> v, int32_t column, int32_t v_head_size) {
   constexpr int32_t kColumns = kVectors * static_cast<int32_t>(hn::MaxLanes(D()));
   for (; column + kColumns <= v_head_size; column += kColumns) {
     for (int32_t i = 0; i < count; ++i) outputs_of_tile<kVectors>(d, tiles[i], v, column);
@@ -367,39 +335,48 @@ HWY_INLINE void outputs_of_tiles(D d, const OutputRows<kRowStride>* tiles, int32
 }
 
 // outputs (rows, V) = outputs factors + P V over keys [first_key, first_key + keys), of which a row
-// needs those before `ends`. Fetches `ahead` keys ahead, in V and then in `upcoming`; there alone
-// if there are no more keys than that.
-template <class D, int64_t kRowStride, class T>
+// needs those before `ends`. All columns of run_keys keys come before the next keys, so that what
+// is read from memory is read in long runs.
+template <class D, int64_t kRowStride, class Fetch, class T>
 HWY_NOINLINE void add_outputs(D d, Weights<kRowStride> weights, Rows<T> v, int32_t rows,
-                              int32_t first_key, int32_t keys, const int32_t* ends,
-                              const float* factors, int32_t v_head_size, int32_t ahead,
-                              const Upcoming& upcoming, float* outputs) {
+                              int32_t first_key, int32_t keys, int32_t run_keys,
+                              const int32_t* ends, const float* factors, int32_t v_head_size,
+                              const Fetch& fetching, float* outputs) {
   constexpr int32_t kMostTiles = 8;  // of a panel, or of rows that fill few lanes
-  OutputRows<kRowStride> tiles[kMostTiles];
+  OutputRows<kRowStride, Fetch> tiles[kMostTiles];
   const int32_t count = (rows + kTileRows - 1) / kTileRows;
-  for (int32_t i = 0; i < count; ++i) {
-    const int32_t row = rows * i / count;
-    const int32_t next = rows * (i + 1) / count;
-    const int32_t end = *std::max_element(ends + row, ends + next);
-    const int32_t needed = std::clamp(end - first_key, 0, keys);
-    tiles[i] = {weights.from_row(row),
-                factors + row,
-                outputs + int64_t{row} * v_head_size,
-                v_head_size,
-                next - row,
-                needed,
-                std::min(ahead, needed),
-                upcoming,
-                i,
-                count};
-  }
-  switch (tile_columns(tiles[count - 1].rows)) {  // it has no fewer rows than the others
-    case 8:
-      return outputs_of_tiles<8>(d, tiles, count, v, 0, v_head_size);
-    case 4:
-      return outputs_of_tiles<4>(d, tiles, count, v, 0, v_head_size);
-    case 2:
-      return outputs_of_tiles<2>(d, tiles, count, v, 0, v_head_size);
+  const int32_t lines = lines_of(v_head_size * int32_t{sizeof(T)});
+  for (int32_t key = 0; key < keys; key += run_keys) {
+    const int32_t run = std::min(run_keys, keys - key);
+    for (int32_t i = 0; i < count; ++i) {
+      const int32_t row = rows * i / count;
+      const int32_t next = rows * (i + 1) / count;
+      const int32_t end = *std::max_element(ends + row, ends + next);
+      tiles[i] = {weights.from(row, key),
+                  key == 0 ? factors + row : nullptr,
+                  outputs + int64_t{row} * v_head_size,
+                  v_head_size,
+                  next - row,
+                  std::clamp(end - first_key - key, 0, run),
+                  fetching,
+                  i,
+                  count,
+                  key * lines,
+                  lines,
+                  run};
+    }
+    const Rows<T> values = v.from(key, 0);
+    switch (tile_columns(tiles[count - 1].rows)) {  // it has no fewer rows than the others
+      case 8:
+        outputs_of_tiles<8>(d, tiles, count, values, 0, v_head_size);
+        break;
+      case 4:
+        outputs_of_tiles<4>(d, tiles, count, values, 0, v_head_size);
+        break;
+      case 2:
+        outputs_of_tiles<2>(d, tiles, count, values, 0, v_head_size);
+        break;
+    }
   }
 }
 

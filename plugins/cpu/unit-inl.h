@@ -15,6 +15,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "fetch.h"
 #include "lanes-inl.h"
 #include "mask.h"
 #include "plan.h"
@@ -29,6 +30,11 @@ HWY_INLINE bool rows_fit_lanes(int32_t rows, int32_t lanes) {
   const int32_t padded = (rows + lanes - 1) / lanes * lanes;
   return 8 * rows >= 5 * padded;
 }
+
+// How a unit of few rows reads K and V, by measurement: so many lines ahead, 16 KB, which L1 holds
+// beside what is computed with, and all columns of so many keys of V before the next keys.
+constexpr int32_t kLinesAhead = 256;
+constexpr int32_t kRunKeys = 32;
 
 template <class T>
 class UnitWork {
@@ -129,8 +135,12 @@ class UnitWork {
 
   // Few rows: q is (rows, D), K and V are read where they are.
   HWY_INLINE void run_rows(Range keys) {
-    for (int32_t row = 0; row < unit_.rows; ++row) {
-      convert(query(row), a_.head_size, a_.scale, s_.queries + int64_t{row} * a_.head_size);
+    if (!unit_.follows) {
+      const Lines first_lines = lines_of_keys(block_from(keys.begin, kFewRowsKeys));
+      first_lines.fetch<kL1>(0, kLinesAhead);  // while q is converted
+      for (int32_t row = 0; row < unit_.rows; ++row) {
+        convert(query(row), a_.head_size, a_.scale, s_.queries + int64_t{row} * a_.head_size);
+      }
     }
     for (int32_t key = keys.begin; key < keys.end; key += kFewRowsKeys) {
       const Range block{key, std::min(key + kFewRowsKeys, keys.end)};
@@ -145,10 +155,13 @@ class UnitWork {
   // Rows in lanes: q is a panel after the other, each (D, width).
   template <class D>
   HWY_INLINE void run_panels(D d, Range keys) {
-    fetch_rows(keys_from(keys.begin));  // while q is packed
-    for_each_panel(d, [&](auto vectors, int32_t row) HWY_ATTR {
-      pack_panel(row, vectors() * static_cast<int32_t>(hn::MaxLanes(D())));
-    });
+    if (!unit_.follows) {
+      const Lines first_lines = lines_of_keys(block_from(keys.begin, kBlockKeys));
+      first_lines.fetch<kL2>(0, first_lines.count);  // while q is packed
+      for_each_panel(d, [&](auto vectors, int32_t row) HWY_ATTR {
+        pack_panel(row, vectors() * static_cast<int32_t>(hn::MaxLanes(D())));
+      });
+    }
     for (int32_t key = keys.begin; key < keys.end; key += kBlockKeys) {
       const Range block{key, std::min(key + kBlockKeys, keys.end)};
       const int32_t count = block.end - block.begin;
@@ -229,19 +242,18 @@ class UnitWork {
     return {copy, columns};
   }
 
-  // What is read next: the values of a block, and the keys of the one after it.
-  HWY_INLINE Upcoming values_of(Range block) const {
+  // What memory has of a block, and of the block of `keys` keys that begins where another ended.
+  HWY_INLINE Lines lines_of_keys(Range block) const {
+    return Lines::of(keys_of_head() + block.begin * a_.k_strides.row, a_.k_strides.row,
+                     block.end - block.begin, a_.head_size);
+  }
+  HWY_INLINE Lines lines_of_values(Range block) const {
     if (values_in_keys()) return {};
-    return upcoming(values_of_head(), a_.v_strides.row, block, a_.v_head_size);
+    return Lines::of(values_of_head() + block.begin * a_.v_strides.row, a_.v_strides.row,
+                     block.end - block.begin, a_.v_head_size);
   }
-  HWY_INLINE Upcoming keys_from(int32_t begin) const {
-    const Range block{begin, std::min(begin + kBlockKeys, range_.end)};
-    return upcoming(keys_of_head(), a_.k_strides.row, block, a_.head_size);
-  }
-  HWY_INLINE static Upcoming upcoming(const T* from, int64_t stride, Range keys, int32_t columns) {
-    constexpr int32_t kBytes = sizeof(T);
-    return {reinterpret_cast<const char*>(from + keys.begin * stride), stride * kBytes,
-            keys.end - keys.begin, columns * kBytes};
+  HWY_INLINE Range block_from(int32_t begin, int32_t keys) const {
+    return {begin, std::min(begin + keys, range_.end)};
   }
 
   // The part of a block that any of some rows sees.
@@ -276,8 +288,13 @@ class UnitWork {
     const int32_t skipped = (keys.begin - block.begin) / tile_keys(kVectors) * tile_keys(kVectors);
     const int32_t first_key = block.begin + skipped;
     const int32_t n = keys.end - first_key;
+    // Others of the unit's panels find in L2 what the first one has fetched.
+    const auto fetching = [&](const Lines& next, int32_t columns) HWY_ATTR {
+      return first == 0 ? FetchNext::of(next, n * lines_of(4 * columns)) : FetchNext{};
+    };
     scores_of_panel<kVectors>(d, k.from(skipped, 0), s_.queries + int64_t{first} * a_.head_size, n,
-                              a_.head_size, first == 0 ? values_of(block) : Upcoming{}, s_.scores);
+                              a_.head_size, fetching(lines_of_values(block), a_.head_size),
+                              s_.scores);
     if (!is_plain() || !is_seen_by_all(first, rows, {first_key, keys.end})) {
       if (a_.mask_dtype != DType::kNone) {
         fill_mask(a_, s_.mask_starts + first, rows, first_key, n, MaskTile{s_.mask, 1, kWidth});
@@ -294,21 +311,25 @@ class UnitWork {
       v = rows_of(values_of_head(), a_.v_strides.row, block, a_.v_head_size, s_.values,
                   /*in_place=*/true);
     }
-    add_outputs(d, Weights<1>{s_.scores, kWidth}, v.from(skipped, 0), rows, first_key, n,
-                s_.ends + first, state.factors, a_.v_head_size, kBlockKeys,
-                first == 0 ? keys_from(block.end) : Upcoming{},
+    const Lines next_keys = lines_of_keys(block_from(block.end, kBlockKeys));
+    add_outputs(d, Weights<1>{s_.scores, kWidth}, v.from(skipped, 0), rows, first_key, n, n,
+                s_.ends + first, state.factors, a_.v_head_size, fetching(next_keys, a_.v_head_size),
                 s_.outputs + int64_t{first} * a_.v_head_size);
   }
 
   // The same for a unit of few rows, with keys in lanes. A vector of D divides a row of q.
   template <class D>
   HWY_INLINE void add_rows(D d, Range block) {
-    const int32_t ahead = keys_ahead(unit_.rows, a_.head_size * int32_t{sizeof(T)});
     const int32_t count = block.end - block.begin;
     const Rows<T> k{keys_of_head(), a_.k_strides.row};
     const Rows<T> v{values_of_head(), values_stride()};
+    const Lines keys = lines_of_keys(block);
+    const Lines next_keys = lines_of_keys(block_from(block.end, kFewRowsKeys));
+    const Lines values = lines_of_values(block);
     scores_of_rows(d, k.from(block.begin, 0), Rows<float>{s_.queries, a_.head_size}, unit_.rows,
-                   count, a_.head_size, ahead, values_of(block), s_.scores);
+                   count, a_.head_size,
+                   FetchAhead::of(keys, values_in_keys() ? next_keys : values, kLinesAhead),
+                   s_.scores);
     if (a_.mask_dtype != DType::kNone) {
       fill_mask(a_, s_.mask_starts, unit_.rows, block.begin, count,
                 MaskTile{s_.mask, kFewRowsKeys, 1});
@@ -329,8 +350,9 @@ class UnitWork {
       }
     }
     add_outputs(Lanes(), Weights<kFewRowsKeys>{s_.scores, 1}, v.from(block.begin, 0), unit_.rows,
-                block.begin, count, s_.ends, s_.factors, a_.v_head_size, ahead,
-                keys_from(block.end), s_.outputs);
+                block.begin, count, kRunKeys, s_.ends, s_.factors, a_.v_head_size,
+                values_in_keys() ? FetchAhead{} : FetchAhead::of(values, next_keys, kLinesAhead),
+                s_.outputs);
   }
 
   // Outputs of a split are in place already.
