@@ -77,6 +77,7 @@ DECODE = [
         for t in (1024, 4096, 16384)
     ),
     decode("GQA 32/8, B 1, T 4096", B=1, T=4096, H=32, Hkv=8, D=128, V=128),
+    decode("GQA 28/4, B 1, T 4096", B=1, T=4096, H=28, Hkv=4, D=128, V=128),
     decode("GQA 9/3, B 1, T 2048", B=1, T=2048, H=9, Hkv=3, D=64, V=64),
     decode("MHA 16/16, B 1, T 1024", B=1, T=1024, H=16, Hkv=16, D=64, V=64),
     decode("MLA 16 heads, B 1, T 4096", B=1, T=4096, H=16, **MLA),

@@ -25,10 +25,11 @@
 HWY_BEFORE_NAMESPACE();
 namespace fastmqa::cpu::HWY_NAMESPACE {
 
-// Rows in lanes are worth it where at least five of eight lanes have one.
-HWY_INLINE bool rows_fit_lanes(int32_t rows, int32_t lanes) {
-  const int32_t padded = (rows + lanes - 1) / lanes * lanes;
-  return 8 * rows >= 5 * padded;
+// Rows in lanes are worth it where there are more than a dozen, by measurement, and at least five
+// of eight lanes have one.
+HWY_INLINE bool rows_fit_lanes(int32_t rows) {
+  const int32_t padded = (rows + kLanes - 1) / kLanes * kLanes;
+  return rows > 12 && 8 * rows >= 5 * padded;
 }
 
 // How a unit of few rows reads K and V, by measurement: so many lines ahead, 16 KB, which L1 holds
@@ -51,10 +52,8 @@ class UnitWork {
     std::fill_n(s_.largest, padded_rows(), -kInfinity);
     std::fill_n(s_.sums, padded_rows(), 0.0f);
     const Range keys = part_of(range_, plan_, unit_.split);
-    if (rows_fit_lanes(unit_.rows, kLanes)) {
-      run_panels(Lanes(), keys);
-    } else if (kLanes > 8 && unit_.rows <= 8 && rows_fit_lanes(unit_.rows, 8)) {
-      run_panels(EightLanes(), keys);
+    if (rows_fit_lanes(unit_.rows)) {
+      run_panels(keys);
     } else {
       run_rows(keys);
     }
@@ -153,14 +152,12 @@ class UnitWork {
   }
 
   // Rows in lanes: q is a panel after the other, each (D, width).
-  template <class D>
-  HWY_INLINE void run_panels(D d, Range keys) {
+  HWY_INLINE void run_panels(Range keys) {
     if (!unit_.follows) {
       const Lines first_lines = lines_of_keys(block_from(keys.begin, kBlockKeys));
       first_lines.fetch<kL2>(0, first_lines.count);  // while q is packed
-      for_each_panel(d, [&](auto vectors, int32_t row) HWY_ATTR {
-        pack_panel(row, vectors() * static_cast<int32_t>(hn::MaxLanes(D())));
-      });
+      for_each_panel([&](auto vectors, int32_t row)
+                         HWY_ATTR { pack_panel(row, vectors() * kLanes); });
     }
     for (int32_t key = keys.begin; key < keys.end; key += kBlockKeys) {
       const Range block{key, std::min(key + kBlockKeys, keys.end)};
@@ -173,31 +170,30 @@ class UnitWork {
       // Those of other types are converted by the first panel that multiplies them, after its
       // product with K has fetched them.
       Rows<float> v = values_in_keys() ? k : Rows<float>{nullptr, 0};
-      for_each_panel(
-          d, [&](auto vectors, int32_t row) HWY_ATTR { add_panel(d, vectors, k, v, block, row); });
+      for_each_panel([&](auto vectors, int32_t row)
+                         HWY_ATTR { add_panel(vectors, k, v, block, row); });
     }
   }
 
   // Calls do_panel(number of vectors, first row), with about as many vectors in each panel.
-  template <class D, class F>
-  HWY_INLINE void for_each_panel(D, const F& do_panel) const {
-    constexpr int32_t kN = static_cast<int32_t>(hn::MaxLanes(D()));
-    const int32_t vectors = (unit_.rows + kN - 1) / kN;
+  template <class F>
+  HWY_INLINE void for_each_panel(const F& do_panel) const {
+    const int32_t vectors = (unit_.rows + kLanes - 1) / kLanes;
     const int32_t panels = (vectors + kPanelVectors - 1) / kPanelVectors;
     for (int32_t i = 0; i < panels; ++i) {
       const int32_t first = vectors * i / panels;
       switch (vectors * (i + 1) / panels - first) {
         case 1:
-          do_panel(std::integral_constant<int32_t, 1>(), first * kN);
+          do_panel(std::integral_constant<int32_t, 1>(), first * kLanes);
           break;
         case 2:
-          do_panel(std::integral_constant<int32_t, 2>(), first * kN);
+          do_panel(std::integral_constant<int32_t, 2>(), first * kLanes);
           break;
         case 3:
-          do_panel(std::integral_constant<int32_t, 3>(), first * kN);
+          do_panel(std::integral_constant<int32_t, 3>(), first * kLanes);
           break;
         case 4:
-          do_panel(std::integral_constant<int32_t, std::min(4, kPanelVectors)>(), first * kN);
+          do_panel(std::integral_constant<int32_t, std::min(4, kPanelVectors)>(), first * kLanes);
           break;
       }
     }
@@ -276,10 +272,11 @@ class UnitWork {
   bool is_half() const { return a_.softmax_precision == DType::kFloat16; }
 
   // A block of keys for the rows of one panel, which lie in lanes.
-  template <class D, int32_t kVectors>
-  HWY_INLINE void add_panel(D d, std::integral_constant<int32_t, kVectors>, Rows<float> k,
+  template <int32_t kVectors>
+  HWY_INLINE void add_panel(std::integral_constant<int32_t, kVectors>, Rows<float> k,
                             Rows<float>& v, Range block, int32_t first) {
-    constexpr int32_t kWidth = kVectors * static_cast<int32_t>(hn::MaxLanes(D()));
+    const Lanes d;
+    constexpr int32_t kWidth = kVectors * kLanes;
     const int32_t rows = std::min(kWidth, unit_.rows - first);
     const Range keys = seen_by_any(first, rows, block);
     if (keys.begin >= keys.end) return;
