@@ -231,8 +231,12 @@ def machine() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if sys.platform == "linux" and info.is_file():
-        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
-        cpu = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), cpu)
+        text = info.read_text(encoding="utf-8", errors="replace")
+        first = text.partition("\n\n")[0].splitlines()
+        found = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in first)}
+        cpu = found.get("model name", cpu)
+        if "cpu family" in found:  # clouds cut the name short, and so hide the generation
+            cpu += f" (family {found['cpu family']}, model {found['model']})"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"cpu": cpu, "cores": os.cpu_count() or 1, "gpu": gpu}
 
