@@ -48,7 +48,6 @@ char* aligned(void* workspace) {
 }
 
 Scratch take_scratch(Arrays& arrays, const Plan& plan, const AttentionParams& a) {
-  const bool is_float = a.dtype == DType::kFloat32;
   const int64_t rows = round_up(plan.block_rows, kMostLanes);
   const int64_t columns = round_up(a.head_size, kMostLanes);
   const int64_t scores =
@@ -58,7 +57,6 @@ Scratch take_scratch(Arrays& arrays, const Plan& plan, const AttentionParams& a)
   s.scores = arrays.take<float>(scores);
   s.mask = arrays.take<float>(a.mask_dtype == DType::kNone ? 0 : scores);
   s.keys = arrays.take<float>(columns * kBlockKeys);
-  s.values = arrays.take<float>(is_float || a.v == nullptr ? 0 : a.v_head_size * kBlockKeys);
   s.outputs = arrays.take<float>(rows * a.v_head_size);
   s.largest = arrays.take<float>(rows);
   s.sums = arrays.take<float>(rows);

@@ -74,7 +74,6 @@ struct Scratch {
   float* scores;         // of a panel of rows and a block of keys, then its exponentials
   float* mask;           // of the same
   float* keys;           // a block of K in float32
-  float* values;         // a block of V in float32
   float* outputs;        // (rows, V), not yet divided by the sums
   float* largest;        // scores so far, by row
   float* sums;           // of exponentials, by row

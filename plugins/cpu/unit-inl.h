@@ -165,13 +165,9 @@ class UnitWork {
       // Register tiles reach beyond a block that is not a multiple of theirs. What they find there
       // makes scores that nobody reads, but there has to be memory.
       const bool in_place = count % kSplitStep == 0 || block.end + kMostTileKeys <= a_.keys;
-      const Rows<float> k =
-          rows_of(keys_of_head(), a_.k_strides.row, block, a_.head_size, s_.keys, in_place);
-      // Those of other types are converted by the first panel that multiplies them, after its
-      // product with K has fetched them.
-      Rows<float> v = values_in_keys() ? k : Rows<float>{nullptr, 0};
+      const Rows<float> k = keys_of(block, in_place);
       for_each_panel([&](auto vectors, int32_t row)
-                         HWY_ATTR { add_panel(vectors, k, v, block, row); });
+                         HWY_ATTR { add_panel(vectors, k, block, row); });
     }
   }
 
@@ -226,16 +222,16 @@ class UnitWork {
     }
   }
 
-  // Rows in float32: where they are, or a copy.
-  HWY_INLINE Rows<float> rows_of(const T* from, int64_t stride, Range keys, int32_t columns,
-                                 float* copy, bool in_place) const {
+  // A block of K in float32: where it is, or a copy.
+  HWY_INLINE Rows<float> keys_of(Range block, bool in_place) const {
+    const Rows<T> from{keys_of_head(), a_.k_strides.row};
     if constexpr (std::is_same_v<T, float>) {
-      if (in_place) return {from + keys.begin * stride, stride};
+      if (in_place) return from.from(block.begin, 0);
     }
-    for (int32_t key = keys.begin; key < keys.end; ++key) {
-      convert(from + key * stride, columns, 1.0f, copy + int64_t{key - keys.begin} * columns);
+    for (int32_t key = block.begin; key < block.end; ++key) {
+      convert(from[key], a_.head_size, 1.0f, s_.keys + int64_t{key - block.begin} * a_.head_size);
     }
-    return {copy, columns};
+    return {s_.keys, a_.head_size};
   }
 
   // What memory has of a block, and of the block of `keys` keys that begins where another ended.
@@ -273,8 +269,8 @@ class UnitWork {
 
   // A block of keys for the rows of one panel, which lie in lanes.
   template <int32_t kVectors>
-  HWY_INLINE void add_panel(std::integral_constant<int32_t, kVectors>, Rows<float> k,
-                            Rows<float>& v, Range block, int32_t first) {
+  HWY_INLINE void add_panel(std::integral_constant<int32_t, kVectors>, Rows<float> k, Range block,
+                            int32_t first) {
     const Lanes d;
     constexpr int32_t kWidth = kVectors * kLanes;
     const int32_t rows = std::min(kWidth, unit_.rows - first);
@@ -286,12 +282,12 @@ class UnitWork {
     const int32_t first_key = block.begin + skipped;
     const int32_t n = keys.end - first_key;
     // Others of the unit's panels find in L2 what the first one has fetched.
-    const auto fetching = [&](const Lines& next, int32_t columns) HWY_ATTR {
-      return first == 0 ? FetchNext::of(next, n * lines_of(4 * columns)) : FetchNext{};
+    const auto fetching = [&](const Lines& next, int32_t lines) HWY_ATTR {
+      return first == 0 ? FetchNext::of(next, n * lines) : FetchNext{};
     };
-    scores_of_panel<kVectors>(d, k.from(skipped, 0), s_.queries + int64_t{first} * a_.head_size, n,
-                              a_.head_size, fetching(lines_of_values(block), a_.head_size),
-                              s_.scores);
+    scores_of_panel<kVectors>(
+        d, k.from(skipped, 0), s_.queries + int64_t{first} * a_.head_size, n, a_.head_size,
+        fetching(lines_of_values(block), lines_of(4 * a_.head_size)), s_.scores);
     if (!is_plain() || !is_seen_by_all(first, rows, {first_key, keys.end})) {
       if (a_.mask_dtype != DType::kNone) {
         fill_mask(a_, s_.mask_starts + first, rows, first_key, n, MaskTile{s_.mask, 1, kWidth});
@@ -304,14 +300,19 @@ class UnitWork {
     } else {
       exponentiate_panel<false>(d, kWidth, n, s_.scores, state);
     }
-    if (v.data == nullptr) {
-      v = rows_of(values_of_head(), a_.v_strides.row, block, a_.v_head_size, s_.values,
-                  /*in_place=*/true);
-    }
     const Lines next_keys = lines_of_keys(block_from(block.end, kBlockKeys));
-    add_outputs(d, Weights<1>{s_.scores, kWidth}, v.from(skipped, 0), rows, first_key, n, n,
-                s_.ends + first, state.factors, a_.v_head_size, fetching(next_keys, a_.v_head_size),
-                s_.outputs + int64_t{first} * a_.v_head_size);
+    // Values are converted as they are loaded, unless they are in K, which has been converted.
+    const auto add = [&](const auto& v) HWY_ATTR {
+      const int32_t lines = lines_of(a_.v_head_size * int32_t{sizeof(v[0][0])});
+      add_outputs(d, Weights<1>{s_.scores, kWidth}, v, rows, first_key, n, n, s_.ends + first,
+                  state.factors, a_.v_head_size, fetching(next_keys, lines),
+                  s_.outputs + int64_t{first} * a_.v_head_size);
+    };
+    if (values_in_keys()) {
+      add(k.from(skipped, 0));
+    } else {
+      add(Rows<T>{values_of_head(), a_.v_strides.row}.from(first_key, 0));
+    }
   }
 
   // The same for a unit of few rows, with keys in lanes. A vector of D divides a row of q.
