@@ -67,7 +67,7 @@ struct FetchNext {
   Lines next;
   int32_t rate;  // lines for each line that is read
 
-  static constexpr bool kInRuns = false;
+  static constexpr bool kInRuns = false;  // P V reads some columns of all keys, then the next ones
   HWY_INLINE static FetchNext of(const Lines& next, int32_t lines) {
     return {next, std::max(next.count / lines, 1)};
   }
@@ -81,7 +81,7 @@ struct FetchAhead {
   Lines next;
   int32_t distance;
 
-  static constexpr bool kInRuns = true;
+  static constexpr bool kInRuns = true;  // P V reads all columns of some keys, then the next keys
   HWY_INLINE static FetchAhead of(const Lines& own, const Lines& next, int32_t distance) {
     return {own, next, std::min(distance, own.count)};
   }

@@ -234,7 +234,7 @@ class UnitWork {
     return {s_.keys, a_.head_size};
   }
 
-  // What memory has of a block, and of the block of `keys` keys that begins where another ended.
+  // Where a block of K or V lies; a latent cache has its values in K.
   HWY_INLINE Lines lines_of_keys(Range block) const {
     return Lines::of(keys_of_head() + block.begin * a_.k_strides.row, a_.k_strides.row,
                      block.end - block.begin, a_.head_size);
@@ -244,6 +244,7 @@ class UnitWork {
     return Lines::of(values_of_head() + block.begin * a_.v_strides.row, a_.v_strides.row,
                      block.end - block.begin, a_.v_head_size);
   }
+  // The block of up to `keys` keys that begins where another one ended.
   HWY_INLINE Range block_from(int32_t begin, int32_t keys) const {
     return {begin, std::min(begin + keys, range_.end)};
   }
